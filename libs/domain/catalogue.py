@@ -1,0 +1,148 @@
+"""Every metric of this product. Nothing else creates one; names and labels are a contract."""
+
+from typing import Final
+
+from libs.domain.conversion.causes import FailureReason
+from libs.domain.jobs import JOBS
+from libs.domain.outbox.events import EventName
+from libs.guardrails import OPERATIONS, Family, Flag, Reason
+from libs.observability.catalogue import Label, counter, gauge, histogram
+
+_MODALITIES: Final = ("text", "voice", "video")
+_TASKS: Final = ("auto_start", "recovery", "legacy")
+_BILLING_ENDPOINTS: Final = ("end_session", "process_payment", "process_deduction")
+_DIRECTIONS: Final = ("sent", "received", "broadcast")
+_MODULES: Final = (
+    "telephony",
+    "conversation",
+    "scheduling",
+    "catalog",
+    "compliance",
+    "billing",
+    "reporting",
+    "infra",
+)
+
+_chat_operation: Final = Label(
+    "operation", tuple(name for name, operation in OPERATIONS.items() if operation.family is Family.CHAT)
+)
+_event_name: Final = Label("event_name", tuple(EventName))
+
+# What `decide` can answer. A warning names what enforcement would have said.
+_REFUSED: Final = (
+    Reason.UNAUTHENTICATED,
+    Reason.SESSION_CONTEXT_INVALID,
+    Reason.SESSION_NOT_FOUND,
+    Reason.APPOINTMENT_NOT_FOUND,
+    Reason.ROLE_NOT_ALLOWED,
+    Reason.SESSION_CONTEXT_REQUIRED,
+    Reason.SESSION_BILLING_REQUIRED,
+    Reason.SESSION_NOT_READY,
+    Reason.SESSION_NOT_ACTIVE,
+)
+_WARNED: Final = (Reason.SESSION_CONTEXT_REQUIRED, Reason.SESSION_BILLING_REQUIRED, Reason.SESSION_NOT_READY)
+_VERDICTS: Final = [
+    ("allowed", "none"),
+    *(("warned", reason.code) for reason in _WARNED),
+    *(("refused", reason.code) for reason in _REFUSED),
+]
+
+_HTTP: Final = (
+    histogram(
+        "http_request_duration_seconds",
+        "HTTP server request duration",
+        Label("route", limit=80),
+        Label("method", ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "OTHER")),
+        Label("status", limit=30),
+        source_alias="http_request_duration_ms",
+    ),
+    gauge("http_requests_in_flight", "HTTP requests being served"),
+    counter(
+        "errors_total",
+        "Handled errors",
+        Label("module", _MODULES),
+        Label("type", ("authentication", "authorization", "validation", "system", "timeout")),
+    ),
+    counter(
+        "auth_failures_total",
+        "Authentication failures",
+        Label("reason", ("bad_credentials", "expired", "invalid_token", "forbidden", "rate_limited")),
+    ),
+)
+
+_GUARD: Final = (
+    counter(
+        "guard_verdicts_total",
+        "Verdicts of the session guard",
+        Label("operation", tuple(OPERATIONS)),
+        Label("verdict", ("allowed", "warned", "refused")),
+        Label("reason", ("none", *(reason.code for reason in _REFUSED))),
+        combinations=[(operation, *verdict) for operation in OPERATIONS for verdict in _VERDICTS],
+    ),
+    counter("legacy_identifier_total", "Requests that address a session in the old spelling"),
+    counter("chat_requests_total", "Chat operations requested", _chat_operation),
+    counter(
+        "chat_blocked_session_context_required_total", "Chat operations blocked by the session guard", _chat_operation
+    ),
+    counter(
+        "billing_blocked_session_context_required_total",
+        "Billing calls blocked by the session guard",
+        Label("endpoint", _BILLING_ENDPOINTS),
+    ),
+    gauge("feature_flag_enabled", "1 when the flag is on", Label("flag", tuple(Flag))),
+)
+
+_SCHEDULING: Final = (
+    histogram(
+        "scheduling_book_duration_seconds", "Booking command duration", source_alias="scheduling_book_duration_ms"
+    ),
+    histogram(
+        "booking_post_own_duration_seconds",
+        "POST booking duration minus awaited third-party time",
+        source_alias="booking_post_p95_ms",
+    ),
+    counter("scheduling_book_conflict_total", "Booking conflicts"),
+)
+
+_CHAT: Final = (
+    counter("chat_messages_total", "Messages handled", Label("direction", _DIRECTIONS)),
+    counter("chat_message_retries_total", "Messages sent again under an id that was stored before"),
+    histogram(
+        "chat_message_processing_duration_seconds", "Message processing duration", Label("direction", _DIRECTIONS)
+    ),
+)
+
+_CONVERSION: Final = (
+    gauge("appointments_due_count", "Confirmed appointments that are due and have no session"),
+    gauge("appointments_needs_attention", "Appointments whose conversion is parked until an operator acts"),
+    counter("appointment_session_conversion_attempted_total", "Conversions begun", Label("task", _TASKS)),
+    counter("appointment_sessions_created_total", "Committed conversions", Label("modality", _MODALITIES)),
+    counter("appointment_session_conversion_failed_total", "Failed conversions", Label("reason", tuple(FailureReason))),
+    counter("appointment_session_conversion_skipped_total", "Appointments that had changed once they were locked"),
+    counter("appointment_session_notification_failed_total", "Notification failed after successful conversion"),
+    histogram("appointment_conversion_run_duration_seconds", "Conversion run duration", Label("task", _TASKS[:2])),
+    gauge(
+        "appointment_conversion_last_run_timestamp_seconds",
+        "Unix time of the last finished run",
+        Label("task", _TASKS[:2]),
+    ),
+)
+
+_BACKGROUND: Final = (
+    counter("outbox_dispatch_attempts_total", "Outbox dispatch attempts", _event_name),
+    counter("outbox_dispatch_failures_total", "Outbox dispatch failures", _event_name),
+    gauge("outbox_dispatch_lag_seconds", "Age of the oldest pending outbox event"),
+    gauge("outbox_dead", "Deliveries that were given up"),
+    gauge("worker_queue_depth", "Pending items per queue", Label("queue", ("outbox", "arq"))),
+    gauge("db_connections_in_use", "Pool connections checked out", Label("pool", ("api", "worker"))),
+    gauge("db_connections_max", "Pool connections at most", Label("pool", ("api", "worker"))),
+    histogram(
+        "job_duration_seconds",
+        "Job duration",
+        Label("task", tuple(JOBS)),
+        Label("result", ("ok", "error", "retry", "timeout")),
+    ),
+    counter("doorbell_failures_total", "Wake-up calls that Redis did not take"),
+)
+
+CATALOGUE: Final = (*_HTTP, *_GUARD, *_SCHEDULING, *_CHAT, *_CONVERSION, *_BACKGROUND)

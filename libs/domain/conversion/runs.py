@@ -1,0 +1,214 @@
+"""Running conversions: batches under one advisory lock, culprits isolated, every batch reported."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Final, Literal, cast
+from uuid import UUID, uuid4
+
+import asyncpg
+import orjson
+
+from libs.domain.conversion import statement
+from libs.domain.conversion.causes import FailureReason
+from libs.domain.db import Database, is_transient
+from libs.observability.redaction import scrub_text
+
+Task = Literal["auto_start", "recovery"]
+Result = Literal["created", "skipped", "failed"]
+
+SOURCE: Final = "APPOINTMENT"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one appointment.
+
+    `carrier` is that of whoever confirmed it; `span_id` is set when its trace is kept, and is the id
+    under which the outbox row already refers to this conversion.
+    """
+
+    appointment_id: int
+    tenant_id: int
+    modality: str
+    result: Result
+    attempt: int
+    session_id: int | None
+    reason: str | None
+    error_message: str | None
+    parked: bool
+    span_id: str | None
+    carrier: dict[str, str]
+
+
+@dataclass(slots=True)
+class Run:
+    """One run: the fields of its log event and of its row."""
+
+    task: Task
+    due_count: int = 0
+    run_id: UUID = field(default_factory=uuid4)
+    created_count: int = 0
+    skipped_count: int = 0
+    failed_count: int = 0
+    runtime_ms: float = 0.0
+
+    @property
+    def attempted_count(self) -> int:
+        return self.created_count + self.skipped_count + self.failed_count
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        results = [outcome.result for outcome in outcomes]
+        self.created_count += results.count("created")
+        self.skipped_count += results.count("skipped")
+        self.failed_count += results.count("failed")
+
+    def fields(self) -> dict[str, Any]:
+        return {
+            "run_id": str(self.run_id),
+            "due_count": self.due_count,
+            "attempted_count": self.attempted_count,
+            "created_count": self.created_count,
+            "skipped_count": self.skipped_count,
+            "failed_count": self.failed_count,
+            "runtime_ms": round(self.runtime_ms, 2),
+            "source": SOURCE,
+        }
+
+
+OnBatch = Callable[[Run, list[Outcome], int], None]
+"""Told of every committed batch, with the Unix time in ns at which it began; see `Reporter.batch`."""
+
+
+class ConverterBusy(Exception):
+    """Another process is converting; whoever meant to can leave it to that one."""
+
+
+class Converter:
+    """Converts due appointments on behalf of one process.
+
+    `worker` names it in the run rows. `counts` tells whether this process also counts its outcomes in
+    its own metrics; those of a command line are counted by a worker later, from the rows.
+    """
+
+    def __init__(
+        self, database: Database, on_batch: OnBatch, *, worker: str, counts: bool, batch_limit: int = 1000
+    ) -> None:
+        self._database = database
+        self._on_batch = on_batch
+        self._worker = worker
+        self._counts = counts
+        self._batch_limit = batch_limit
+
+    async def auto_start(self, *, limit: int | None = None, wait: bool = False) -> Run:
+        """One run over everything that is due, at most `limit` appointments.
+
+        Raises `ConverterBusy` when another process converts at this moment, unless `wait` is set.
+        """
+        due = await self._fetch_value(statement.COUNT_DUE)
+        return await self._run(Run("auto_start", due), limit, wait, statement.CONVERT_DUE, None)
+
+    async def recover(self, *, lookback: timedelta | None, limit: int) -> Run:
+        """Converts what has been due within `lookback` (None: ever), parked appointments included,
+        without waiting for their next attempt. Idempotent: it is the same conversion."""
+        due = len(await self.foresee(lookback=lookback, limit=limit))
+        return await self._run(Run("recovery", due), limit, True, statement.CONVERT_RECOVERABLE, lookback)
+
+    async def foresee(self, *, lookback: timedelta | None, limit: int) -> list[Outcome]:
+        """What `recover` would do at this moment. Writes nothing."""
+        async with self._database.autocommit() as connection:
+            rows = await connection.fetch(statement.FORESEE, uuid4(), limit, lookback, [])
+        return [_outcome(row) for row in rows]
+
+    async def _run(self, run: Run, limit: int | None, wait: bool, sql: str, lookback: timedelta | None) -> Run:
+        started = time.perf_counter()
+        seen: list[int] = []
+        while True:
+            size = self._batch_limit if limit is None else min(self._batch_limit, limit - run.attempted_count)
+            if size == 0:
+                break
+            parameters: list[Any] = [size] if run.task == "auto_start" else [size, lookback, seen]
+            began_ns = time.time_ns()
+            outcomes = await self._batch(run, sql, parameters, wait, started)
+            seen += [outcome.appointment_id for outcome in outcomes]
+            if outcomes:
+                self._on_batch(run, outcomes, began_ns)
+            if len(outcomes) < size:
+                break
+        run.runtime_ms = (time.perf_counter() - started) * 1000
+        if run.attempted_count:
+            async with self._database.autocommit() as connection:
+                await connection.execute(statement.FINISH_RUN, run.run_id, run.runtime_ms)
+        return run
+
+    async def _batch(self, run: Run, sql: str, parameters: list[Any], wait: bool, started: float) -> list[Outcome]:
+        lock = "pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"
+        async with self._database.autocommit() as connection, connection.transaction():
+            if await connection.fetchval(f"SELECT {lock}($1)", statement.LOCK_KEY) is False:
+                raise ConverterBusy
+            try:
+                async with connection.transaction():
+                    rows = await connection.fetch(sql, run.run_id, *parameters)
+            except asyncpg.PostgresError as error:
+                if is_transient(error):
+                    raise
+                rows = await self._one_by_one(connection, run, parameters)
+            outcomes = [_outcome(row) for row in rows]
+            if outcomes:
+                batch = Run(run.task)
+                batch.add(outcomes)
+                await connection.execute(
+                    statement.RECORD_RUN,
+                    run.run_id,
+                    run.task,
+                    self._worker,
+                    self._counts,
+                    run.due_count,
+                    batch.created_count,
+                    batch.skipped_count,
+                    batch.failed_count,
+                    (time.perf_counter() - started) * 1000,
+                )
+        run.add(outcomes)
+        return outcomes
+
+    async def _one_by_one(self, connection: "asyncpg.Connection[Any]", run: Run, parameters: list[Any]) -> list[Any]:
+        """Repeats a batch that the database refused, so that only the culprit fails."""
+        select = statement.SELECT_DUE if run.task == "auto_start" else statement.SELECT_RECOVERABLE
+        ids = await connection.fetch(statement.lockable(select), run.run_id, *parameters)
+        rows: list[Any] = []
+        for record in ids:
+            try:
+                async with connection.transaction():
+                    rows += await connection.fetch(statement.CONVERT_ONE, run.run_id, record["id"])
+            except asyncpg.PostgresError as error:
+                if is_transient(error):
+                    raise
+                refused = isinstance(error, asyncpg.IntegrityConstraintViolationError)
+                reason = FailureReason.DB_UPDATE_FAILED if refused else FailureReason.UNKNOWN_ERROR
+                rows += await connection.fetch(
+                    statement.RECORD_CULPRIT, run.run_id, record["id"], reason, scrub_text(str(error))
+                )
+        return rows
+
+    async def _fetch_value(self, sql: str) -> int:
+        async with self._database.autocommit() as connection:
+            return cast(int, await connection.fetchval(sql))
+
+
+def _outcome(row: Any) -> Outcome:
+    carrier = row["carrier"]
+    return Outcome(
+        appointment_id=row["appointment_id"],
+        tenant_id=row["tenant_id"],
+        modality=row["modality"],
+        result=row["result"],
+        attempt=row["attempt"],
+        session_id=row["session_id"],
+        reason=row["reason"],
+        error_message=row["error_message"],
+        parked=row["parked"],
+        span_id=row["span_id"],
+        carrier={} if carrier == "{}" else orjson.loads(carrier),
+    )

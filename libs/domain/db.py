@@ -1,0 +1,129 @@
+"""Connections to PostgreSQL: two small pools over one address, both made by asyncpg.
+
+`Database.begin` opens a transaction. `Database.autocommit` hands out a bare asyncpg connection for
+the few hot operations that are one statement each: it skips BEGIN, COMMIT and the reset query, so
+nothing that runs on it may leave session state behind.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final, cast
+
+import asyncpg
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+CONNECT_TIMEOUT: Final = 3.0
+POOL_TIMEOUT: Final = 2.0
+
+WORKER_TIMEOUTS: Final[Mapping[str, str]] = {
+    "statement_timeout": "30s",
+    "transaction_timeout": "35s",
+}
+"""Longer than those the login role has by default; background work has nobody waiting for it."""
+
+# By way of pg_settings, so that a server too old to know one of them is no obstacle.
+_CONFIGURE: Final = """
+    SELECT set_config(known.name, wanted.value, false)
+    FROM unnest($1::text[], $2::text[]) AS wanted(name, value)
+    JOIN pg_settings known USING (name)
+"""
+
+
+# 08 connection, 40 rollback (deadlock, serialisation), 53 resources, 57 operator (shutdown, cancelled),
+# 55P03 lock not available, 25P03 and 25P04 idle in transaction and transaction timeout.
+_TRANSIENT_CLASSES: Final = {"08", "40", "53", "57"}
+_TRANSIENT_STATES: Final = {"55P03", "25P03", "25P04"}
+
+
+class Database:
+    """The pools of one process. `application` names it in `pg_stat_activity`."""
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        application: str,
+        pool_size: int = 10,
+        command_timeout: float = 10.0,
+        timeouts: Mapping[str, str] | None = None,
+    ) -> None:
+        async def connect(*_: Any, **__: Any) -> "asyncpg.Connection[Any]":
+            connection = await asyncpg.connect(
+                dsn,
+                timeout=CONNECT_TIMEOUT,
+                command_timeout=command_timeout,
+                server_settings={"application_name": application, "timezone": "UTC", "jit": "off"},
+            )
+            if timeouts:
+                await connection.execute(_CONFIGURE, list(timeouts), list(timeouts.values()))
+            return connection
+
+        def engine(**options: Any) -> AsyncEngine:
+            return create_async_engine(
+                "postgresql+asyncpg://",
+                async_creator=connect,
+                poolclass=AsyncAdaptedQueuePool,
+                pool_size=pool_size,
+                max_overflow=0,
+                pool_timeout=POOL_TIMEOUT,
+                hide_parameters=True,
+                **options,
+            )
+
+        self.max_connections: Final = 2 * pool_size
+        self._transactions = engine(pool_pre_ping=True)
+        self._autocommit = engine(pool_reset_on_return=None, isolation_level="AUTOCOMMIT")
+        event.listen(self._autocommit.sync_engine, "checkout", _discard_closed)
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        """A connection in a transaction: committed at the end, rolled back on any exception."""
+        async with self._transactions.begin() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def autocommit(self) -> AsyncIterator["asyncpg.Connection[Any]"]:
+        """A bare asyncpg connection on which each statement is its own transaction."""
+        async with self._autocommit.connect() as connection:
+            yield await driver(connection)
+
+    def in_use(self) -> int:
+        """Connections checked out at this moment, of both pools."""
+        return sum(
+            cast(AsyncAdaptedQueuePool, engine.pool).checkedout() for engine in (self._transactions, self._autocommit)
+        )
+
+    async def connect(self) -> AsyncConnection:
+        """A connection of the transactional pool, not yet in a transaction; the caller closes it."""
+        return await self._transactions.connect()
+
+    async def close(self) -> None:
+        await self._transactions.dispose()
+        await self._autocommit.dispose()
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again later can help: locks, deadlocks, timeouts, overload, a lost connection.
+
+    Everything else is the fault of the data or of the statement.
+    """
+    if isinstance(error, asyncpg.PostgresError):
+        state: str = error.sqlstate or ""
+        return state[:2] in _TRANSIENT_CLASSES or state in _TRANSIENT_STATES
+    return isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError)
+
+
+async def driver(connection: AsyncConnection) -> "asyncpg.Connection[Any]":
+    """The asyncpg connection beneath, in whose transaction the statements then run."""
+    raw = await connection.get_raw_connection()
+    return cast("asyncpg.Connection[Any]", raw.driver_connection)
+
+
+def _discard_closed(dbapi_connection: Any, *_: Any) -> None:
+    """Stands in for a ping: a connection whose server went away is known to be closed."""
+    if dbapi_connection.driver_connection.is_closed():
+        from sqlalchemy.exc import DisconnectionError
+
+        raise DisconnectionError("The server closed this connection.")

@@ -1,0 +1,189 @@
+"""Dispatching the outbox: at least once, in order per aggregate and consumer, under leases.
+
+A delivery is claimed by a lease that outlives the attempt and is fenced by a random token, so a
+dispatcher that hangs loses its claim and cannot finish what another has taken over. Nothing is
+claimed while an earlier delivery of the same aggregate to the same consumer is pending.
+"""
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+from uuid import UUID, uuid4
+
+import orjson
+
+from libs.domain.db import Database, is_transient
+from libs.domain.outbox.events import Consumer, EventName, Lane
+from libs.domain.tables import PENDING_DELIVERY
+from libs.domain.telemetry import logger
+from libs.observability.context import continued
+from libs.observability.redaction import scrub_text
+from libs.observability.registry import Metrics
+from libs.observability.tracing import record_span
+
+_log: Final = logger("outbox")
+
+BATCH: Final = 200
+LEASE_SECONDS: Final = 30
+MAX_ATTEMPTS: Final = 6
+BACKOFF_SECONDS: Final = (2.0, 300.0)
+"""First and longest wait; the real one is drawn at random below the doubled value (full jitter)."""
+
+_PENDING: Final = PENDING_DELIVERY.replace("dispatched_at", "{0}.dispatched_at").replace("dead_at", "{0}.dead_at")
+
+_CLAIM: Final = f"""
+    WITH claimed AS MATERIALIZED (
+        SELECT d.id FROM outbox_deliveries d
+        WHERE {_PENDING.format("d")} AND d.lane = $1 AND d.available_at <= clock()
+          AND (d.lease_until IS NULL OR d.lease_until <= clock())
+          AND NOT EXISTS (
+              SELECT FROM outbox_deliveries earlier
+              WHERE {_PENDING.format("earlier")} AND earlier.consumer = d.consumer
+                AND earlier.aggregate = d.aggregate AND earlier.id < d.id)
+        ORDER BY d.available_at, d.id
+        LIMIT $2
+        FOR UPDATE OF d SKIP LOCKED
+    )
+    UPDATE outbox_deliveries d
+    SET lease_until = clock() + make_interval(secs => $3), lease_token = $4, attempts = d.attempts + 1
+    FROM claimed, outbox_events e
+    WHERE d.id = claimed.id AND e.id = d.event_id
+    RETURNING d.id, d.consumer, d.attempts, e.event_id, e.tenant_id, e.name, e.payload, e.correlation_id,
+              e.trace_context
+"""
+
+_DISPATCHED: Final = """
+    UPDATE outbox_deliveries SET dispatched_at = clock(), lease_until = NULL
+    WHERE id = ANY ($1::bigint[]) AND lease_token = $2
+"""
+
+_FAILED: Final = f"""
+    UPDATE outbox_deliveries
+    SET lease_until = NULL, last_error = $3, available_at = clock() + make_interval(secs => $4),
+        dead_at = CASE WHEN attempts >= {MAX_ATTEMPTS} THEN clock() END
+    WHERE id = $1 AND lease_token = $2
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event as a consumer gets it; `event_id` is the same on every attempt."""
+
+    event_id: UUID
+    tenant_id: int
+    name: EventName
+    payload: dict[str, Any]
+
+
+class EventConsumer(Protocol):
+    async def deliver(self, events: Sequence[Event]) -> None:
+        """Takes all of the events or raises. Idempotent by `event_id`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    id: int
+    attempts: int
+    event: Event
+    carrier: dict[str, str]
+
+
+class Dispatcher:
+    """Dispatches one lane after the other's example; each lane has its own task in the worker."""
+
+    def __init__(self, database: Database, consumers: Mapping[Consumer, EventConsumer], metrics: Metrics) -> None:
+        self._database = database
+        self._consumers = consumers
+        self._metrics = metrics
+
+    async def dispatch(self, lane: Lane) -> int:
+        """Claims and delivers one batch; answers how many deliveries it took on."""
+        token = uuid4()
+        async with self._database.autocommit() as connection:
+            rows = await connection.fetch(_CLAIM, lane.value, BATCH, float(LEASE_SECONDS), token)
+        by_consumer: dict[Consumer, list[_Delivery]] = defaultdict(list)
+        for row in rows:
+            by_consumer[Consumer(row["consumer"])].append(_delivery(row))
+        for consumer, deliveries in by_consumer.items():
+            await self._deliver(consumer, deliveries, token)
+        return len(rows)
+
+    async def _deliver(self, consumer: Consumer, deliveries: list[_Delivery], token: UUID) -> None:
+        began_ns = time.time_ns()
+        for delivery in deliveries:
+            self._metrics.counter("outbox_dispatch_attempts_total", delivery.event.name).inc()
+        try:
+            await self._consumers[consumer].deliver([delivery.event for delivery in deliveries])
+        except Exception as error:
+            if len(deliveries) > 1:
+                # One of them spoils the batch: find out which.
+                for delivery in deliveries:
+                    await self._deliver(consumer, [delivery], token)
+            else:
+                await self._failed(consumer, deliveries[0], token, error)
+            return
+        async with self._database.autocommit() as connection:
+            await connection.execute(_DISPATCHED, [delivery.id for delivery in deliveries], token)
+        for delivery in deliveries:
+            self._tell(consumer, delivery, began_ns)
+
+    async def _failed(self, consumer: Consumer, delivery: _Delivery, token: UUID, error: Exception) -> None:
+        first, longest = BACKOFF_SECONDS
+        wait = random.uniform(0, min(longest, first * 2**delivery.attempts))  # noqa: S311
+        message = scrub_text(str(error) or type(error).__name__)
+        async with self._database.autocommit() as connection:
+            await connection.execute(_FAILED, delivery.id, token, message, wait)
+        event = delivery.event
+        self._metrics.counter("outbox_dispatch_failures_total", event.name).inc()
+        if event.name is EventName.SESSION_STARTED:
+            self._metrics.counter("appointment_session_notification_failed_total").inc()
+        with continued(delivery.carrier):
+            _log.error(
+                "outbox_failed",
+                event_name=event.name,
+                outbox_id=delivery.id,
+                attempts=delivery.attempts,
+                consumer=consumer,
+                tenant_id=event.tenant_id,
+                failure_reason="notification_failed" if event.name is EventName.SESSION_STARTED else None,
+                error_message=message,
+                exception_type=type(error).__name__,
+                dead=delivery.attempts >= MAX_ATTEMPTS,
+                transient=is_transient(error),
+            )
+
+    def _tell(self, consumer: Consumer, delivery: _Delivery, began_ns: int) -> None:
+        event, retried = delivery.event, delivery.attempts > 1
+        with continued(delivery.carrier):
+            _log.info(
+                "outbox_dispatched",
+                event_name=event.name,
+                outbox_id=delivery.id,
+                event_id=str(event.event_id),
+                attempts=delivery.attempts,
+                consumer=consumer,
+                tenant_id=event.tenant_id,
+            )
+        # A first attempt belongs to the trace that caused it; a late retry would only stretch it.
+        record_span(
+            f"{consumer}.deliver",
+            parent=None if retried else delivery.carrier,
+            links=[delivery.carrier] if retried else [],
+            start_ns=began_ns,
+            end_ns=time.time_ns(),
+            event_id=str(event.event_id),
+            event_name=event.name.value,
+            outbox_id=delivery.id,
+            tenant_id=event.tenant_id,
+        )
+
+
+def _delivery(row: Any) -> _Delivery:
+    event = Event(row["event_id"], row["tenant_id"], EventName(row["name"]), orjson.loads(row["payload"]))
+    carrier = orjson.loads(row["trace_context"])
+    if row["correlation_id"]:
+        carrier.setdefault("correlation_id", row["correlation_id"])
+    return _Delivery(row["id"], row["attempts"], event, carrier)

@@ -1,0 +1,86 @@
+"""What a process is made of, opened once at its start and handed to everything that needs it."""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Final
+
+from libs.domain.catalogue import CATALOGUE
+from libs.domain.chat.messages import Chat
+from libs.domain.conversion.monitor import Thresholds
+from libs.domain.db import Database
+from libs.domain.settings import FlagSettings, Settings
+from libs.domain.telemetry import GuardTelemetry
+from libs.domain.transaction import Bell, Transaction, transaction
+from libs.guardrails import FixedFlags, Flag, Flags, Guard
+from libs.observability.logging import LogSettings, configure_logging
+from libs.observability.registry import Metrics
+from libs.observability.tracing import configure_tracing
+
+VERSION: Final = version("sessiongate")
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """The parts of one process. Whoever has it needs no globals."""
+
+    settings: Settings
+    metrics: Metrics
+    database: Database
+    bell: Bell
+    guard: Guard
+    chat: Chat
+
+    def begin(self) -> AbstractAsyncContextManager[Transaction]:
+        """A transaction that commits when its block ends well; see `libs.domain.transaction`."""
+        return transaction(self.database, self.bell)
+
+    def thresholds(self) -> Thresholds:
+        settings = self.settings
+        return Thresholds(
+            backlog_warning=settings.backlog_warning,
+            backlog_critical=settings.backlog_critical,
+            backlog_window=settings.backlog_window_seconds,
+            error_warning=settings.error_rate_warning,
+            error_warning_window=settings.error_rate_warning_window_seconds,
+            error_critical=settings.error_rate_critical,
+            error_critical_window=settings.error_rate_critical_window_seconds,
+        )
+
+
+def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Database, bell: Bell) -> Runtime:
+    """Puts the parts together; opens nothing."""
+    guard = Guard(FixedFlags(flags), GuardTelemetry(metrics))
+    for flag in Flag:
+        metrics.gauge("feature_flag_enabled", flag.value).set(flags[flag])
+    window = timedelta(seconds=settings.text_session_response_window_seconds)
+    chat = Chat(database, bell, guard, response_window=window)
+    return Runtime(settings, metrics, database, bell, guard, chat)
+
+
+@asynccontextmanager
+async def telemetry(settings: Settings, service: str) -> AsyncIterator[Metrics]:
+    """Logs, traces and metrics of a process, for as long as the block lasts."""
+    metrics = Metrics(CATALOGUE, version=VERSION, service=service)
+    async with AsyncExitStack() as stack:
+        logging = configure_logging(
+            LogSettings(
+                service=service,
+                version=VERSION,
+                level=settings.log_level,
+                path=settings.log_file,
+                message_bodies=settings.log_message_bodies,
+                unmasked_debug=settings.log_unmasked_debug and settings.environment != "production",
+            ),
+            metrics,
+        )
+        stack.callback(logging.close)
+        tracing = configure_tracing(service, VERSION)
+        stack.callback(tracing.shutdown)
+        yield metrics
+
+
+def flags_of(settings: FlagSettings) -> Flags:
+    return Flags(**{flag.value.lower(): getattr(settings, flag.value) for flag in Flag})

@@ -1,0 +1,178 @@
+"""Settings: every one is an environment variable `SESSIONGATE_<NAME>`, or a line of an `.env` file in the
+working directory (the environment wins). The rollout flags have names of their own."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+SECRET_MIN_BYTES: Final = 32
+"""An HS256 key shorter than its hash is easier to guess than the signature."""
+
+_POSTGRES: Final = ("postgresql://", "postgres://", "postgresql+asyncpg://")
+_REDIS: Final = ("redis://", "rediss://", "unix://")
+
+
+def libpq_dsn(url: str) -> str:
+    """The address as libpq and asyncpg spell it; SQLAlchemy's spelling names the driver too."""
+    return url.replace("postgresql+asyncpg://", "postgresql://", 1)
+
+
+def _postgres_url(url: str) -> str:
+    if not url.startswith(_POSTGRES):
+        raise ValueError("must be an address such as postgresql://user:password@host:5432/name")
+    return url
+
+
+def _redis_url(url: str) -> str:
+    if not url.startswith(_REDIS):
+        raise ValueError("must be an address such as redis://host:6379/0 or unix:///run/redis.sock")
+    return url
+
+
+def _long_enough(secret: SecretStr) -> SecretStr:
+    if len(secret.get_secret_value().encode()) < SECRET_MIN_BYTES:
+        raise ValueError(f"must be at least {SECRET_MIN_BYTES} bytes long")
+    return secret
+
+
+def _basic_auth(secret: SecretStr) -> SecretStr:
+    if not all(secret.get_secret_value().partition(":")):
+        raise ValueError("must be of the form user:password")
+    return secret
+
+
+PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+# Docstrings below the fields are their descriptions; an empty variable counts as unset.
+def _sources(prefix: str) -> SettingsConfigDict:
+    return SettingsConfigDict(
+        env_prefix=prefix,
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class Settings(BaseSettings):
+    """What every process of Sessiongate needs to know."""
+
+    model_config = _sources("SESSIONGATE_")
+
+    database_url: PostgresUrl
+    """PostgreSQL, with the login role of the services, which owns nothing."""
+    migrations_database_url: PostgresUrl | None = None
+    """PostgreSQL, with the role that owns the schema; only migrations use it. Default: the database URL."""
+    redis_url: RedisUrl
+    """Redis, which rings for the worker and holds no facts."""
+    pool_size: Positive = 10
+    """Database connections per pool; every process has two pools."""
+
+    jwt_secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
+    """The HS256 key of bearer tokens, at least 32 bytes. Not used when there is a key set."""
+    jwt_jwks: str | None = None
+    """A JSON Web Key Set for RS256 and ES256 tokens: a path or an https address."""
+    jwt_kids: str = ""
+    """The key ids of the key set that may sign, separated by commas. Default: all."""
+    jwt_issuer: str = "sessiongate"
+    """The issuer that bearer tokens must name."""
+
+    environment: Literal["development", "production"] = "development"
+    """Production refuses what is only good for debugging."""
+    log_level: LogLevel = "INFO"
+    """The least severe level that is logged."""
+    log_file: Path | None = None
+    """The file that takes the log, rotated. Default: standard output."""
+    log_message_bodies: bool = False
+    """Whether the beginnings of chat messages appear in the log."""
+    log_unmasked_debug: bool = False
+    """Whether debug lines show personal data in clear. Has no effect in production."""
+    metrics_basic_auth: Annotated[SecretStr, AfterValidator(_basic_auth)] | None = None
+    """user:password that may read the metrics."""
+    metrics_allow: str = ""
+    """Networks whose clients may read the metrics without a password, such as 10.0.0.0/8, separated by commas."""
+
+    text_session_response_window_seconds: Positive = 300
+    """How long a text session waits for the doctor's first answer, in seconds."""
+    conversion_batch_limit: Positive = 1000
+    """How many due appointments one conversion run takes at most."""
+    backlog_warning: Positive = 10
+    """Unconverted due appointments from which on the monitor warns."""
+    backlog_critical: Positive = 50
+    """Unconverted due appointments from which on the monitor is critical."""
+    backlog_window_seconds: Positive = 300
+    """How long the backlog must last before the monitor speaks, in seconds."""
+    error_rate_warning: Rate = 0.02
+    """Share of failed conversions from which on the monitor warns."""
+    error_rate_warning_window_seconds: Positive = 600
+    """The time over which that share is taken, in seconds."""
+    error_rate_critical: Rate = 0.10
+    """Share of failed conversions from which on the monitor is critical."""
+    error_rate_critical_window_seconds: Positive = 300
+    """The time over which that share is taken, in seconds."""
+
+    @model_validator(mode="after")
+    def _critical_is_not_below_warning(self) -> Self:
+        if self.backlog_critical < self.backlog_warning:
+            raise ValueError("SESSIONGATE_BACKLOG_CRITICAL must not be below SESSIONGATE_BACKLOG_WARNING")
+        if self.error_rate_critical < self.error_rate_warning:
+            raise ValueError("SESSIONGATE_ERROR_RATE_CRITICAL must not be below SESSIONGATE_ERROR_RATE_WARNING")
+        return self
+
+
+class FlagSettings(BaseSettings):
+    """The rollout flags: the defaults of a process."""
+
+    model_config = _sources("")
+
+    ENFORCE_SESSION_GATED_CHAT: bool = False
+    """Chat by appointment id is refused when the appointment has a session; otherwise allowed with a warning."""
+    ENFORCE_SESSION_GATED_BILLING: bool = False
+    """Billing by appointment id is refused when the appointment has a session; otherwise allowed with a warning."""
+    DISABLE_LEGACY_APPOINTMENT_TRIGGERS: bool = False
+    """The two legacy commands do nothing and say so."""
+    ALLOW_LEGACY_APPOINTMENT_CHAT: bool = False
+    """Chat by appointment id works, with a warning, while a confirmed appointment has no session yet."""
+
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def variable(settings: type[BaseSettings], field: str) -> str:
+    """The environment variable behind a field."""
+    return f"{settings.model_config.get('env_prefix', '')}{field}".upper()
+
+
+def load(settings: type[S], **overrides: Any) -> S:
+    """The settings of this process; `overrides` win over the environment.
+
+    Where a setting is missing or wrong, exits with status 2 and one sentence for each, which names the
+    variable and never repeats its value.
+    """
+    try:
+        return settings(**overrides)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False, include_input=False):
+            sys.stderr.write(_sentence(settings, fault["loc"], fault["type"], fault["msg"]) + "\n")
+        raise SystemExit(2) from None
+
+
+def _sentence(settings: type[BaseSettings], location: tuple[int | str, ...], kind: str, message: str) -> str:
+    message = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    if not location:
+        return f"{message}."
+    name = variable(settings, str(location[0]))
+    if kind == "missing":
+        return f"{name} is not set."
+    if kind.startswith("bool"):
+        return f"{name} must be true or false."
+    return f"{name} {message.split(', unable')[0]}."

@@ -1,0 +1,422 @@
+"""The schema at a glance: every table, its constraints and the indexes that queries rely on.
+
+Every row belongs to a tenant. Timestamps are `timestamptz`; what is computed from the present time
+asks the SQL function `clock()`. Rules that a constraint can state are stated here and not only in
+code: one session per appointment, one live session per patient and per doctor, no overlapping
+appointments of a doctor, no message numbered twice. Functions, triggers, grants and `clock()` itself
+are in the migrations.
+"""
+
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, TSTZRANGE, ExcludeConstraint
+
+metadata: Final = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+    }
+)
+
+DUE: Final = "status = 'CONFIRMED' AND session_id IS NULL AND kind = 'consultation' AND parked_at IS NULL"
+"""Which appointments wait for their session. The job, the gauge, the monitor and the partial index
+share this text; an appointment is due once `starts_at` and `next_attempt_at` have passed."""
+
+LIVE: Final = "status IN ('waiting', 'connecting', 'active')"
+"""Which sessions are live. Shared by the two unique indexes and every query that means it."""
+
+PENDING_DELIVERY: Final = "dispatched_at IS NULL AND dead_at IS NULL"
+
+
+def _id() -> Column[int]:
+    return Column("id", BigInteger, Identity(), primary_key=True)
+
+
+def _tenant() -> Column[int]:
+    return Column("tenant_id", BigInteger, ForeignKey("tenants.id"), nullable=False)
+
+
+def _time(name: str, *, required: bool = False, default_now: bool = False) -> Column[Any]:
+    default = text("clock()") if default_now else None
+    return Column(name, DateTime(timezone=True), nullable=not (required or default_now), server_default=default)
+
+
+def _person(column: str) -> ForeignKeyConstraint:
+    """A reference to a user of the same tenant: another tenant's id cannot be stored."""
+    return ForeignKeyConstraint(["tenant_id", column], ["users.tenant_id", "users.id"])
+
+
+tenants = Table(
+    "tenants",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False),
+    _time("created_at", default_now=True),
+)
+
+users = Table(
+    "users",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("role", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("country", Text, nullable=False),
+    Column("active", Boolean, nullable=False, server_default=text("true")),
+    _time("created_at", default_now=True),
+    UniqueConstraint("tenant_id", "id"),
+    CheckConstraint("role IN ('patient', 'doctor', 'operator', 'service')", name="role"),
+)
+Index("users_tenant_id_role_id_idx", users.c.tenant_id, users.c.role, users.c.id)
+
+subscriptions = Table(
+    "subscriptions",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("patient_id", BigInteger, nullable=False),
+    Column("plan", Text, nullable=False),
+    _time("starts_at", required=True),
+    _time("ends_at", required=True),
+    Column("text_sessions_remaining", Integer, nullable=False),
+    Column("voice_calls_remaining", Integer, nullable=False),
+    Column("video_calls_remaining", Integer, nullable=False),
+    _time("created_at", default_now=True),
+    _person("patient_id"),
+    CheckConstraint("starts_at < ends_at", name="period"),
+    CheckConstraint(
+        "text_sessions_remaining >= 0 AND voice_calls_remaining >= 0 AND video_calls_remaining >= 0",
+        name="remaining",
+    ),
+    # Consumed first in, first out.
+    Index(None, "patient_id", "starts_at", "id"),
+)
+
+appointments = Table(
+    "appointments",
+    metadata,
+    _id(),
+    _tenant(),
+    # Kinds that never get a session can be added beside consultations without ever being due.
+    Column("kind", Text, nullable=False, server_default=text("'consultation'")),
+    Column("patient_id", BigInteger, nullable=False),
+    Column("doctor_id", BigInteger, nullable=False),
+    # No CHECK: imports bring anything. The API validates, conversion judges.
+    Column("modality", Text, nullable=False),
+    Column("status", Text, nullable=False, server_default=text("'PENDING'")),
+    _time("starts_at", required=True),
+    _time("ends_at", required=True),
+    _time("proposed_starts_at"),
+    Column("reason", Text),
+    Column("cancel_reason", Text),
+    Column("session_id", BigInteger, ForeignKey("sessions.id", use_alter=True), unique=True),
+    Column("conversion_attempts", Integer, nullable=False, server_default=text("0")),
+    Column("conversion_failures", Integer, nullable=False, server_default=text("0")),
+    _time("next_attempt_at"),
+    _time("parked_at"),
+    _time("patient_present_at"),
+    _time("doctor_present_at"),
+    # The correlation id and trace of whoever confirmed it, for the conversion that may follow weeks later.
+    Column("carrier", JSONB, nullable=False, server_default=text("'{}'")),
+    _time("created_at", default_now=True),
+    _time("updated_at", default_now=True),
+    _person("patient_id"),
+    _person("doctor_id"),
+    CheckConstraint(
+        "status IN ('PENDING', 'CONFIRMED', 'CANCELLED', 'EXPIRED', 'RESCHEDULE_PROPOSED',"
+        " 'IN_PROGRESS', 'COMPLETED', 'NO_SHOW')",
+        name="status",
+    ),
+    CheckConstraint("status <> 'IN_PROGRESS' OR session_id IS NOT NULL", name="in_progress_has_session"),
+    Index(
+        "appointments_due_idx",
+        func.greatest(text("starts_at"), text("next_attempt_at")),
+        postgresql_where=text(DUE),
+    ),
+    Index("appointments_parked_idx", "starts_at", postgresql_where=text("parked_at IS NOT NULL")),
+    Index("appointments_pending_idx", "starts_at", postgresql_where=text("status = 'PENDING'")),
+    Index(None, "tenant_id", "id"),
+    Index(None, "patient_id", "id"),
+    Index(None, "doctor_id", "id"),
+    # Conversions leave dead entries at the head of the due index; vacuum them early.
+    postgresql_with={"autovacuum_vacuum_scale_factor": "0.01"},
+)
+
+busy_intervals = Table(
+    "busy_intervals",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("doctor_id", BigInteger, nullable=False),
+    Column("appointment_id", BigInteger, ForeignKey("appointments.id"), nullable=False),
+    Column("phase", Text, nullable=False, server_default=text("'full'")),
+    Column("during", TSTZRANGE, nullable=False),
+    Column("active", Boolean, nullable=False, server_default=text("true")),
+    # int8range stands in for "=", which GiST knows for bigint only with an extension.
+    ExcludeConstraint(
+        (text("int8range(doctor_id, doctor_id, '[]')"), "&&"),
+        ("during", "&&"),
+        where=text("active"),
+        name="busy_intervals_no_overlap",
+    ),
+    Index(None, "appointment_id"),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("kind", Text, nullable=False),
+    Column("modality", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("appointment_id", BigInteger, ForeignKey("appointments.id"), unique=True),
+    Column("patient_id", BigInteger, nullable=False),
+    Column("doctor_id", BigInteger, nullable=False),
+    Column("status", Text, nullable=False),
+    _time("created_at", default_now=True),
+    _time("response_deadline"),
+    _time("expires_at", required=True),
+    _time("activated_at"),
+    _time("connected_at"),
+    _time("ended_at"),
+    Column("ended_seq", BigInteger),
+    Column("ended_by", BigInteger),
+    Column("end_reason", Text),
+    Column("units_charged", Integer, nullable=False, server_default=text("0")),
+    _person("patient_id"),
+    _person("doctor_id"),
+    CheckConstraint("kind IN ('text', 'call')", name="kind"),
+    CheckConstraint(
+        "modality IN ('text', 'voice', 'video') AND (kind = 'text') = (modality = 'text')", name="modality"
+    ),
+    CheckConstraint("source IN ('APPOINTMENT', 'DIRECT')", name="source"),
+    CheckConstraint("(source = 'APPOINTMENT') = (appointment_id IS NOT NULL)", name="appointment"),
+    CheckConstraint(
+        "status IN ('waiting', 'active', 'ended', 'expired') AND kind = 'text'"
+        " OR status IN ('connecting', 'active', 'ended', 'missed', 'declined') AND kind = 'call'",
+        name="status",
+    ),
+    CheckConstraint(f"({LIVE}) = (ended_at IS NULL)", name="ended"),
+    Index("sessions_live_patient_key", "patient_id", unique=True, postgresql_where=text(LIVE)),
+    Index("sessions_live_doctor_key", "doctor_id", unique=True, postgresql_where=text(LIVE)),
+    Index(
+        "sessions_deadline_idx",
+        func.least(text("response_deadline"), text("expires_at")),
+        postgresql_where=text("status IN ('waiting', 'connecting')"),
+    ),
+    Index(None, "patient_id", "id"),
+    Index(None, "doctor_id", "id"),
+    Index(None, "tenant_id", "id"),
+)
+
+conversations = Table(
+    "conversations",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("appointment_id", BigInteger, ForeignKey("appointments.id"), unique=True),
+    Column("session_id", BigInteger, ForeignKey("sessions.id"), unique=True),
+    Column("last_seq", BigInteger, nullable=False, server_default=text("0")),
+    _time("created_at", default_now=True),
+    CheckConstraint("appointment_id IS NOT NULL OR session_id IS NOT NULL", name="owner"),
+)
+
+participants = Table(
+    "participants",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("conversation_id", BigInteger, ForeignKey("conversations.id"), nullable=False),
+    Column("user_id", BigInteger, nullable=False),
+    Column("role", Text, nullable=False),
+    _person("user_id"),
+    UniqueConstraint("conversation_id", "user_id"),
+)
+
+messages = Table(
+    "messages",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("conversation_id", BigInteger, ForeignKey("conversations.id"), nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("sender_id", BigInteger, ForeignKey("participants.id"), nullable=False),
+    Column("client_message_id", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("media_url", Text),
+    _time("sent_at", default_now=True),
+    UniqueConstraint("conversation_id", "seq"),
+    UniqueConstraint("conversation_id", "client_message_id"),
+    CheckConstraint("kind IN ('text', 'image', 'voice')", name="kind"),
+    CheckConstraint("seq > 0", name="seq"),
+)
+
+conversion_runs = Table(
+    "conversion_runs",
+    metadata,
+    Column("run_id", Uuid, primary_key=True),
+    Column("task", Text, nullable=False),
+    Column("worker", Text, nullable=False),
+    # A run made outside a worker is added to the worker's counters once, by the gauge job.
+    Column("counted", Boolean, nullable=False),
+    _time("started_at", default_now=True),
+    _time("finished_at"),
+    Column("due_count", Integer, nullable=False),
+    Column("created_count", Integer, nullable=False),
+    Column("skipped_count", Integer, nullable=False),
+    Column("failed_count", Integer, nullable=False),
+    Column("runtime_ms", Float, nullable=False),
+    CheckConstraint("task IN ('auto_start', 'recovery')", name="task"),
+    Index("conversion_runs_uncounted_idx", "run_id", postgresql_where=text("NOT counted")),
+)
+
+conversion_attempts = Table(
+    "conversion_attempts",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("appointment_id", BigInteger, ForeignKey("appointments.id"), nullable=False),
+    Column("run_id", Uuid, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("modality", Text, nullable=False),
+    Column("result", Text, nullable=False),
+    Column("reason", Text),
+    Column("error_message", Text),
+    Column("session_id", BigInteger, ForeignKey("sessions.id")),
+    _time("started_at", default_now=True),
+    Column("duration_ms", Float),
+    CheckConstraint("result IN ('created', 'skipped', 'failed')", name="result"),
+    CheckConstraint("(result = 'created') = (session_id IS NOT NULL)", name="session"),
+    CheckConstraint("(result = 'created') = (reason IS NULL)", name="reason"),
+    Index(None, "appointment_id", "id"),
+    Index(None, "run_id"),
+    Index(None, "started_at", "result"),
+)
+
+conversion_samples = Table(
+    "conversion_samples",
+    metadata,
+    # Start of a 15 s slot: whichever worker comes first writes it, the others find it written.
+    Column("slot", DateTime(timezone=True), primary_key=True),
+    Column("tenant_id", BigInteger, ForeignKey("tenants.id"), primary_key=True),
+    Column("due_count", Integer, nullable=False),
+    Column("needs_attention", Integer, nullable=False),
+)
+
+outbox_events = Table(
+    "outbox_events",
+    metadata,
+    _id(),
+    Column("event_id", Uuid, nullable=False, unique=True, server_default=text("gen_random_uuid()")),
+    _tenant(),
+    Column("name", Text, nullable=False),
+    Column("schema_version", Integer, nullable=False, server_default=text("1")),
+    Column("aggregate", Text, nullable=False),
+    Column("payload", JSONB, nullable=False),
+    _time("occurred_at", default_now=True),
+    _time("created_at", default_now=True),
+    Column("correlation_id", Text),
+    Column("causation_id", Text),
+    Column("trace_context", JSONB, nullable=False, server_default=text("'{}'")),
+)
+
+outbox_deliveries = Table(
+    "outbox_deliveries",
+    metadata,
+    _id(),
+    Column("event_id", BigInteger, ForeignKey("outbox_events.id"), nullable=False),
+    Column("consumer", Text, nullable=False),
+    Column("lane", Text, nullable=False),
+    Column("aggregate", Text, nullable=False),
+    _time("available_at", default_now=True),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    _time("lease_until"),
+    Column("lease_token", Uuid),
+    Column("last_error", Text),
+    _time("dispatched_at"),
+    _time("dead_at"),
+    UniqueConstraint("event_id", "consumer"),
+    CheckConstraint("dispatched_at IS NULL OR dead_at IS NULL", name="one_ending"),
+    CheckConstraint("lane IN ('urgent', 'normal')", name="lane"),
+    Index("outbox_deliveries_pending_idx", "lane", "available_at", "id", postgresql_where=text(PENDING_DELIVERY)),
+    Index(
+        "outbox_deliveries_order_idx",
+        "consumer",
+        "aggregate",
+        "id",
+        postgresql_where=text(PENDING_DELIVERY),
+    ),
+    postgresql_with={"autovacuum_vacuum_scale_factor": "0.01"},
+)
+
+notifications = Table(
+    "notifications",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("user_id", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("appointment_id", BigInteger, ForeignKey("appointments.id")),
+    Column("session_id", BigInteger, ForeignKey("sessions.id")),
+    Column("event_id", Uuid, nullable=False),
+    _time("created_at", default_now=True),
+    _time("read_at"),
+    _person("user_id"),
+    UniqueConstraint("user_id", "event_id", "kind"),
+    Index(
+        "notifications_session_started_key",
+        "user_id",
+        "appointment_id",
+        "session_id",
+        unique=True,
+        postgresql_where=text("kind = 'session_started'"),
+    ),
+    Index(None, "user_id", "id"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("name", Text, primary_key=True),
+    _time("started_at", default_now=True),
+    _time("beat_at", default_now=True),
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("actor_id", BigInteger),
+    Column("action", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("details", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("correlation_id", Text),
+    _time("at", default_now=True),
+    Index(None, "tenant_id", "id"),
+)

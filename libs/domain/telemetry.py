@@ -1,0 +1,84 @@
+"""How this product speaks: which log module each room belongs to, and what the guard's verdicts say."""
+
+from typing import Final
+
+from libs.guardrails import (
+    AppointmentRef,
+    Claim,
+    Facts,
+    Family,
+    Flags,
+    Operation,
+    Reason,
+    SessionRef,
+    Verdict,
+)
+from libs.observability.logging import BoundLogger, get_logger
+from libs.observability.registry import Metrics
+
+_MODULES: Final = {
+    "appointments": "scheduling",
+    "conversion": "scheduling",
+    "chat": "conversation",
+    "sessions": "conversation",
+    "guard": "conversation",
+    "billing": "billing",
+}
+
+
+def logger(component: str) -> BoundLogger:
+    """The logger of a room; rooms not named in the table belong to `infra`."""
+    return get_logger(component, _MODULES.get(component, "infra"))
+
+
+_log = logger("guard")
+
+# The words that operators search for, by family: refused, and allowed with a warning.
+_BLOCKED: Final = {
+    Reason.SESSION_CONTEXT_REQUIRED: "SessionContextGuard: Chat operation blocked",
+    Reason.SESSION_BILLING_REQUIRED: "SessionContextGuard: Billing blocked",
+}
+_ALLOWED: Final = {
+    Family.CHAT: "SessionContextGuard: Chat operation allowed without session context",
+    Family.BILLING: "SessionContextGuard: Billing allowed without session context",
+}
+
+
+class GuardTelemetry:
+    """The guard's witness: counts each verdict and logs those that someone may want to find."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def saw(self, claim: Claim[Operation], facts: Facts, flags: Flags, verdict: Verdict) -> None:
+        operation = claim.operation
+        metrics = self._metrics
+        reason = verdict.refusal or verdict.shadow
+        metrics.counter("guard_verdicts_total", operation.name, verdict.word, reason.code if reason else "none").inc()
+        if operation.family is Family.CHAT:
+            metrics.counter("chat_requests_total", operation.name).inc()
+        if isinstance(claim.subject, SessionRef) and claim.subject.legacy:
+            metrics.counter("legacy_identifier_total").inc()
+        if verdict.refusal is Reason.SESSION_CONTEXT_REQUIRED:
+            metrics.counter("chat_blocked_session_context_required_total", operation.name).inc()
+        elif verdict.refusal is Reason.SESSION_BILLING_REQUIRED:
+            metrics.counter("billing_blocked_session_context_required_total", operation.name).inc()
+        if verdict.refusal or verdict.shadow:
+            self._tell(claim, facts, flags, verdict)
+
+    def _tell(self, claim: Claim[Operation], facts: Facts, flags: Flags, verdict: Verdict) -> None:
+        operation = claim.operation
+        subject = claim.subject
+        told = {
+            "appointment_id": subject.id if isinstance(subject, AppointmentRef) else None,
+            "session_id": facts.session.id if facts.session else None,
+            "user_id": claim.caller.user_id,
+            "enforced": flags[verdict.flag] if verdict.flag else None,
+            "endpoint" if operation.family is Family.BILLING else "operation": operation.name,
+        }
+        if verdict.refusal is None:
+            _log.warning("guard_allowed_with_warning", message=_ALLOWED[operation.family], **told)
+        elif message := _BLOCKED.get(verdict.refusal):
+            _log.warning("guard_blocked", message=message, **told)
+        else:
+            _log.info("guard_refused", error_code=verdict.refusal.code, **told)

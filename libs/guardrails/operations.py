@@ -1,0 +1,112 @@
+"""The operations that concern a session, one class each.
+
+The class is used as a type: `SessionContext[SendMessage]` is the proof that sending was allowed, and
+is no proof of anything else. Its attributes are the operation's policy; `decide` reads nothing else.
+"""
+
+from enum import StrEnum
+from typing import ClassVar
+
+from libs.guardrails.permissions import Role
+
+
+class Family(StrEnum):
+    """Which column of the rollout flags concerns an operation that arrives by appointment id."""
+
+    CHAT = "chat"
+    BILLING = "billing"
+    LIFECYCLE = "lifecycle"
+
+
+class SessionStatus(StrEnum):
+    WAITING = "waiting"
+    CONNECTING = "connecting"
+    ACTIVE = "active"
+    ENDED = "ended"
+    EXPIRED = "expired"
+    MISSED = "missed"
+    DECLINED = "declined"
+
+
+LIVE = frozenset({SessionStatus.WAITING, SessionStatus.CONNECTING, SessionStatus.ACTIVE})
+ALWAYS = frozenset(SessionStatus)
+
+_PARTIES = frozenset({Role.PATIENT, Role.DOCTOR})
+_PARTIES_AND_OPERATORS = _PARTIES | {Role.OPERATOR}
+
+
+class Operation:
+    """Base of all operations; a subclass is complete when it gives its policy as class arguments.
+
+    `name` is the label value and the word in logs. `passes` are the session states in which the
+    operation is allowed. `roles` are the roles that may perform it on a session they take part in
+    (operators take part in every session of their tenant). `by_appointment` tells whether the
+    rollout flags may let it through with a plain appointment id. `reads` is true when it changes
+    nothing, so that its facts need no lock.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[Family]
+    passes: ClassVar[frozenset[SessionStatus]]
+    roles: ClassVar[frozenset[Role]]
+    by_appointment: ClassVar[bool]
+    reads: ClassVar[bool]
+
+    def __init_subclass__(
+        cls,
+        *,
+        name: str,
+        family: Family,
+        passes: frozenset[SessionStatus] = LIVE,
+        roles: frozenset[Role] = _PARTIES,
+        by_appointment: bool = False,
+        reads: bool = False,
+    ) -> None:
+        cls.name = name
+        cls.family = family
+        cls.passes = passes
+        cls.roles = roles
+        cls.by_appointment = by_appointment
+        cls.reads = reads
+        OPERATIONS[name] = cls
+
+
+OPERATIONS: dict[str, type[Operation]] = {}
+"""Every operation by its name, in the order of definition."""
+
+
+class SendMessage(Operation, name="send_message", family=Family.CHAT, by_appointment=True):
+    """Write a message into the session's conversation."""
+
+
+class GetMessages(
+    Operation,
+    name="get_messages",
+    family=Family.CHAT,
+    passes=ALWAYS,
+    roles=_PARTIES_AND_OPERATORS,
+    by_appointment=True,
+    reads=True,
+):
+    """Read the conversation; stays possible after the end, and for operators (audited)."""
+
+
+class ViewSession(
+    Operation,
+    name="view_session",
+    family=Family.LIFECYCLE,
+    passes=ALWAYS,
+    roles=_PARTIES_AND_OPERATORS,
+    reads=True,
+):
+    """See the session's state."""
+
+
+class CompleteSession(
+    Operation,
+    name="complete_session",
+    family=Family.BILLING,
+    passes=ALWAYS,
+    roles=_PARTIES_AND_OPERATORS,
+):
+    """End the session; idempotent, hence allowed in every state."""

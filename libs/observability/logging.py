@@ -1,0 +1,248 @@
+"""Structured logs: one JSON object per line, redacted, written by a thread of its own.
+
+    log = get_logger("chat", "conversation")
+    log.info("chat_message_stored", session_id=7, message_id=12)
+
+The first argument is a constant; whatever varies is a field. The caller's side only collects fields
+and puts them on a bounded queue; masking, encoding and writing happen behind it.
+"""
+
+import hashlib
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, BinaryIO, Final, Protocol, cast
+
+import orjson
+import structlog
+from opentelemetry import trace
+from structlog.typing import EventDict, WrappedLogger
+
+from libs.observability.context import fields
+from libs.observability.redaction import Masked, Redactor
+from libs.observability.registry import Metrics
+
+ROUTINE_CAPACITY: Final = 8_000
+CAPACITY: Final = 10_000
+"""Lines that may wait for the writer: DEBUG and INFO give way first, the rest only when it is full."""
+
+FILE_BYTES: Final = 50_000_000
+FILES: Final = 5
+
+_QUIET: Final = ("arq", "httpx", "httpx2", "sqlalchemy.engine", "uvicorn", "asyncio", "opentelemetry")
+_LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """`path` None means stdout. `message_bodies` shows the first 50 characters of bodies, scrubbed.
+    `unmasked_debug` leaves DEBUG lines unmasked, on stdout only: never in production."""
+
+    service: str
+    version: str
+    level: str = "INFO"
+    path: Path | None = None
+    message_bodies: bool = False
+    unmasked_debug: bool = False
+
+
+class BoundLogger(Protocol):
+    """What `get_logger` answers. `exc_info` takes an exception, or True for the one being handled."""
+
+    def debug(self, event: str, **fields: Any) -> None: ...
+    def info(self, event: str, **fields: Any) -> None: ...
+    def warning(self, event: str, **fields: Any) -> None: ...
+    def error(self, event: str, **fields: Any) -> None: ...
+
+
+def get_logger(component: str, module: str) -> BoundLogger:
+    """The logger of one component, which belongs to one module of the log taxonomy."""
+    return cast(BoundLogger, structlog.get_logger(component=component, module=module))
+
+
+def configure_logging(settings: LogSettings, metrics: Metrics) -> "Logging":
+    """Starts the writer and directs everything to it, the standard library's records too."""
+    return Logging(settings, metrics)
+
+
+class Logging:
+    """The process's logs, until `close`."""
+
+    def __init__(self, settings: LogSettings, metrics: Metrics) -> None:
+        level_name = settings.level.upper()
+        self._writer = _Writer(settings, metrics)
+        constants = {"service": settings.service, "version": settings.version}
+
+        def complete(_: WrappedLogger, level: str, event: EventDict) -> EventDict:
+            event["level"] = level
+            for known in (constants, fields()):
+                for key, value in known.items():
+                    event.setdefault(key, value)
+            span = trace.get_current_span().get_span_context()
+            if span.is_valid:
+                event["trace_id"], event["span_id"] = f"{span.trace_id:032x}", f"{span.span_id:016x}"
+            if error := event.pop("exc_info", None):
+                event.update(_described(sys.exception() if error is True else error, stack=level_name == "DEBUG"))
+            return event
+
+        structlog.configure(
+            processors=[structlog.processors.TimeStamper(fmt="iso", utc=True), complete, self._writer.put],
+            wrapper_class=structlog.make_filtering_bound_logger(level_name),
+            logger_factory=structlog.ReturnLoggerFactory(),
+            cache_logger_on_first_use=False,
+        )
+        logging.basicConfig(handlers=[_StandardHandler()], level=level_name, force=True)
+        for name in _QUIET:
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+    def flush(self) -> None:
+        """Returns once everything logged so far is written."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is left and stops the writer; lines logged later are lost."""
+        self._writer.close()
+        structlog.reset_defaults()
+
+
+def _described(error: BaseException | None, *, stack: bool) -> dict[str, Any]:
+    """An exception as fields. The fingerprint is the same for the same place in the program; the stack
+    itself is told only where everything is, at level DEBUG, since it may quote anything."""
+    if error is None:
+        return {}
+    frames = traceback.extract_tb(error.__traceback__)
+    place = "|".join(f"{frame.filename.rsplit('/', 2)[-1]}:{frame.name}" for frame in frames)
+    described = {
+        "exception_type": type(error).__name__,
+        "error_message": str(error),
+        "stack_fingerprint": hashlib.sha256(f"{type(error).__name__}|{place}".encode()).hexdigest()[:16],
+    }
+    if stack:
+        described["stack"] = "".join(traceback.format_exception(error))
+    return described
+
+
+class _StandardHandler(logging.Handler):
+    """Records of libraries, as lines of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._log = structlog.get_logger(component="library", module="infra")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            told = getattr(self._log, record.levelname.lower(), self._log.warning)
+            error = record.exc_info[1] if record.exc_info else None
+            told("library_log", message=record.getMessage(), logger=record.name, exc_info=error)
+        except Exception:
+            self.handleError(record)
+
+
+_Line = EventDict | threading.Event | None
+
+
+class _Writer:
+    """The queue and the thread behind it. An Event in the queue is set once its turn comes; None ends."""
+
+    def __init__(self, settings: LogSettings, metrics: Metrics) -> None:
+        def masked(kind: Masked) -> None:
+            metrics.counter("obs_log_redactions_total", kind).inc()
+
+        self._queue: SimpleQueue[_Line] = SimpleQueue()
+        self._redactor: Final = Redactor(preview=settings.message_bodies, on_masked=masked)
+        self._unmasked_debug: Final = settings.unmasked_debug and settings.path is None
+        self._dropped_routine = metrics.counter("obs_log_lines_dropped_total", "routine")
+        self._dropped_urgent = metrics.counter("obs_log_lines_dropped_total", "urgent")
+        self._write: Callable[[bytes], None] = _stdout if settings.path is None else _RotatingFile(settings.path).write
+        self._thread = threading.Thread(target=self._run, name="log writer", daemon=True)
+        self._thread.start()
+
+    def put(self, _: WrappedLogger, level: str, event: EventDict) -> EventDict:
+        urgent = _LEVELS.get(level, 0) >= logging.WARNING
+        if self._queue.qsize() < (CAPACITY if urgent else ROUTINE_CAPACITY):
+            self._queue.put(event)
+        else:
+            (self._dropped_urgent if urgent else self._dropped_routine).inc()
+        raise structlog.DropEvent
+
+    def flush(self) -> None:
+        reached = threading.Event()
+        self._queue.put(reached)
+        reached.wait(timeout=5)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        going = True
+        while going:
+            lines: list[bytes] = []
+            reached: list[threading.Event] = []
+            entry: _Line = self._queue.get()
+            while True:
+                if entry is None:
+                    going = False
+                elif isinstance(entry, threading.Event):
+                    reached.append(entry)
+                else:
+                    lines.append(self._encode(entry))
+                if self._queue.empty() or len(lines) >= 500:
+                    break
+                entry = self._queue.get()
+            if lines:
+                try:
+                    self._write(b"".join(lines))
+                except OSError as error:
+                    print(f"Cannot write logs: {error}", file=sys.stderr)  # noqa: T201
+            for event in reached:
+                event.set()
+
+    def _encode(self, event: EventDict) -> bytes:
+        if not (self._unmasked_debug and event["level"] == "debug"):
+            event = self._redactor.fields(event)
+        try:
+            return orjson.dumps(event, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+        except TypeError:
+            # Such as a lone surrogate: a line must never be lost to its content.
+            safe = {str(key): ascii(value) for key, value in event.items()}
+            return orjson.dumps(safe, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _stdout(lines: bytes) -> None:
+    sys.stdout.buffer.write(lines)
+    sys.stdout.buffer.flush()
+
+
+class _RotatingFile:
+    """Appends to a file, of which the present one and four older ones are kept."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._file = self._open()
+
+    def write(self, lines: bytes) -> None:
+        if self._file.tell() + len(lines) > FILE_BYTES:
+            self._file.close()
+            for number in range(FILES - 2, 0, -1):
+                older = self._numbered(number)
+                if older.exists():
+                    older.replace(self._numbered(number + 1))
+            self._path.replace(self._numbered(1))
+            self._file = self._open()
+        self._file.write(lines)
+        self._file.flush()
+
+    def _open(self) -> BinaryIO:
+        # Readable by the owner alone, whatever the umask.
+        return os.fdopen(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
+
+    def _numbered(self, number: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.{number}")

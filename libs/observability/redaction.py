@@ -1,0 +1,211 @@
+"""One engine that masks personal data and secrets, for log lines and for exported spans alike.
+
+What a field is called decides first (`token`, `phone`, `body`, …). Whatever is left is free text, in
+which e-mail addresses, phone numbers and credentials are masked wherever they stand. Ids belong in
+fields of their own: in free text, long numbers look like phone numbers and are masked too.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.trace import Status
+
+Masked = Literal["email", "phone", "body", "secret", "name"]
+Rule = Literal["secret", "name", "phone", "body", "id", "number", "plain", "text"]
+
+REDACTED: Final = "[redacted]"
+TEXT_LIMIT: Final = 8192
+PREVIEW: Final = 50
+"""Characters of a message body that are shown where the configuration asks for it."""
+
+_SECRET_KEY = re.compile(
+    r"token|secret|passw|authorization|cookie|api_?key|private_key|signature|credential|(^|_)(card|cvc|cvv|pin|otp)(_|$)"
+)
+_NAME_KEY = re.compile(
+    r"((first|last|full|patient|doctor|display|user|caller|customer|contact)_?)?name"
+    r"|(.*_)?address|street|dob|date_of_birth|birth_?(day|date)"
+)
+_PHONE_KEY = re.compile(r"(.*_)?(phone|phone_number|msisdn|mobile|tel)|to|from|caller|callee|to_number|from_number")
+_BODY_KEY = re.compile(r"(.*_)?(body|text|content|transcript)")
+_ID_KEY = re.compile(r"(.*_)?ids?")
+_NUMBER_KEY = re.compile(r"(.*_)?(ms|seconds|count|total|bytes|at|seq|status|port|attempts|level|rate)|timestamp")
+# Constants of ours and addresses that security events need.
+_PLAIN_KEY = re.compile(
+    r"timestamp|level|event|module|component|service|version|logger|category|client_ip|method|route"
+)
+
+_IS_ID = re.compile(r"[0-9a-fA-F-]{16,36}")
+
+_DECODE = re.compile(r"%2b|%40", re.IGNORECASE)
+_SUSPECT = re.compile(r"[@%\d]|bearer|eyJ|://", re.IGNORECASE)
+_OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
+_FREE_TEXT = re.compile(
+    # Credentials, wherever they are quoted.
+    r"(?P<secret>\bbearer\s+[^\s\"']+|\beyJ[\w-]+\.[\w-]+\.[\w-]*|(?<=://)[^\s:/@]*:[^\s/@]+(?=@))"
+    # Digits that are not a phone number: UUID, moment, IPv4 address, hash or provider id.
+    r"|(?P<keep>"
+    r"(?<![0-9a-f])[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}(?![0-9a-f])"
+    r"|(?<!\d)(?:19|20)\d\d-(?:0\d|1[0-2])-(?:[0-2]\d|3[01])(?!\d)"
+    r"(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?"
+    rf"|(?<![\d.+])(?:{_OCTET}\.){{3}}{_OCTET}(?![\d.])"
+    r"|(?<!\w)[a-z]{0,2}(?=\d*[a-f])[0-9a-f]{16,64}(?!\w)"
+    r")"
+    # A possessive local part that starts at a boundary keeps the search linear.
+    r"|(?P<email>(?<![\w.%+'-])[\w.%+'-]++@[\w-]++(?:\.[\w-]++)*+)"
+    r"|(?P<phone>(?<!\d)(?:\+\s?)?\(?\d(?:[\s().\-/\u2010-\u2015]{0,3}\d){7,14}(?!\d))",
+    re.IGNORECASE,
+)
+
+
+def scrub_text(text: str) -> str:
+    """`text` without e-mail addresses, phone numbers and credentials, cut at 8 KiB."""
+    return Redactor().text(text)
+
+
+class Redactor:
+    """Masks fields and texts. `preview` shows the scrubbed beginning of message bodies; `on_masked` is
+    told of every value masked."""
+
+    def __init__(self, *, preview: bool = False, on_masked: Callable[[Masked], None] | None = None) -> None:
+        self._preview = preview
+        self._on_masked = on_masked or (lambda kind: None)
+
+    def fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """All fields of a log line, a span or a nested object."""
+        return {key: self.value(key, value) for key, value in fields.items()}
+
+    def value(self, key: str, value: Any) -> Any:
+        """One field, masked as its name and its content demand."""
+        if value is None or isinstance(value, bool):
+            return value
+        rule = _rule_of(key)
+        match rule:
+            case "plain":
+                return value
+            case "secret":
+                self._on_masked("secret")
+                return REDACTED
+            case "name":
+                self._on_masked("name")
+                return REDACTED
+        if isinstance(value, Mapping):
+            return self.fields(value)
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [self.value(key, item) for item in value]
+        if isinstance(value, (int, float)):
+            return self._number(rule, value)
+        return self._text(rule, value if isinstance(value, str) else str(value))
+
+    def text(self, text: str) -> str:
+        """Free text."""
+        cut = text[:TEXT_LIMIT]
+        if len(text) > TEXT_LIMIT:
+            cut += "…"
+        if not _SUSPECT.search(cut):
+            return cut
+        return _FREE_TEXT.sub(self._mask, _DECODE.sub(_decoded, cut))
+
+    def _number(self, rule: Rule, value: float) -> Any:
+        if rule == "phone":
+            self._on_masked("phone")
+            return _last_digits(str(value))
+        # In a field of unknown meaning a long whole number may well be somebody's.
+        if rule == "text" and isinstance(value, int) and abs(value) >= 10_000_000:
+            return self.text(str(value))
+        return value
+
+    def _text(self, rule: Rule, value: str) -> str:
+        if rule == "phone":
+            self._on_masked("phone")
+            return _last_digits(value)
+        if rule == "body":
+            self._on_masked("body")
+            return self.text(value[:PREVIEW]) if self._preview else f"[body {len(value)} chars]"
+        if rule == "id" and _IS_ID.fullmatch(value):
+            return value
+        return self.text(value)
+
+    def _mask(self, match: re.Match[str]) -> str:
+        found = match[0]
+        match match.lastgroup:
+            case "secret":
+                self._on_masked("secret")
+                return REDACTED
+            case "email":
+                self._on_masked("email")
+                return "***" + found[-4:]
+            case "phone":
+                self._on_masked("phone")
+                return _last_digits(found)
+        return found
+
+
+@lru_cache(maxsize=4096)
+def _rule_of(key: str) -> Rule:
+    name = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()).strip("_")
+    if _PLAIN_KEY.fullmatch(name):
+        return "plain"
+    if _SECRET_KEY.search(name):
+        return "secret"
+    if _NAME_KEY.fullmatch(name):
+        return "name"
+    if _PHONE_KEY.fullmatch(name):
+        return "phone"
+    if _BODY_KEY.fullmatch(name):
+        return "body"
+    if _ID_KEY.fullmatch(name):
+        return "id"
+    return "number" if _NUMBER_KEY.fullmatch(name) else "text"
+
+
+def _last_digits(number: str) -> str:
+    digits = [character for character in number if character.isdigit()]
+    return "***" + ("".join(digits[-4:]) if len(digits) > 4 else "")
+
+
+def _decoded(match: re.Match[str]) -> str:
+    return "@" if match[0] == "%40" else "+"
+
+
+class RedactingSpanExporter(SpanExporter):
+    """Masks what leaves the process: attributes, events, and the status that carries an exception's text.
+
+    Wrapped around the exporter, so it costs the export thread and only for spans that are exported.
+    """
+
+    def __init__(self, exporter: SpanExporter, redactor: Redactor) -> None:
+        self._exporter = exporter
+        self._redactor = redactor
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return self._exporter.export([self._redacted(span) for span in spans])
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        return self._exporter.force_flush(timeout_millis)
+
+    def _redacted(self, span: ReadableSpan) -> ReadableSpan:
+        redactor, status = self._redactor, span.status
+        described = None if status.description is None else redactor.text(status.description)
+        return ReadableSpan(
+            name=span.name,
+            context=span.context,
+            parent=span.parent,
+            resource=span.resource,
+            attributes=redactor.fields(span.attributes or {}),
+            events=[
+                Event(event.name, redactor.fields(event.attributes or {}), event.timestamp) for event in span.events
+            ],
+            links=span.links,
+            kind=span.kind,
+            status=Status(status.status_code, described),
+            start_time=span.start_time,
+            end_time=span.end_time,
+            instrumentation_scope=span.instrumentation_scope,
+        )

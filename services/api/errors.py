@@ -1,0 +1,192 @@
+"""Every refusal and every fault leaves as the same problem document (RFC 9457)."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import asyncpg
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from libs.domain.db import is_transient
+from libs.domain.telemetry import logger
+from libs.guardrails import Kind, Reason, Refused
+from libs.observability.context import correlation_id
+from libs.observability.registry import Metrics
+
+_log: Final = logger("errors")
+
+STATUS: Final[dict[Kind, int]] = {
+    Kind.UNAUTHENTICATED: 401,
+    Kind.BAD_REQUEST: 400,
+    Kind.INVALID: 422,
+    Kind.PAYMENT_REQUIRED: 402,
+    Kind.FORBIDDEN: 403,
+    Kind.NOT_FOUND: 404,
+    Kind.METHOD_NOT_ALLOWED: 405,
+    Kind.CONFLICT: 409,
+    Kind.TIMEOUT: 408,
+    Kind.TOO_LARGE: 413,
+    Kind.RATE_LIMITED: 429,
+    Kind.OVERLOADED: 503,
+    Kind.INTERNAL: 500,
+}
+
+_BY_STATUS: Final = {
+    404: Reason.NOT_FOUND,
+    405: Reason.METHOD_NOT_ALLOWED,
+    408: Reason.REQUEST_TIMEOUT,
+    413: Reason.PAYLOAD_TOO_LARGE,
+    503: Reason.OVERLOADED,
+}
+
+# The closed set of `errors_total{type}`.
+_ERROR_TYPE: Final = {
+    Kind.UNAUTHENTICATED: "authentication",
+    Kind.FORBIDDEN: "authorization",
+    Kind.INVALID: "validation",
+    Kind.BAD_REQUEST: "validation",
+    Kind.OVERLOADED: "timeout",
+    Kind.INTERNAL: "system",
+}
+
+OVERLOAD_RETRY_AFTER: Final = 1
+MEDIA_TYPE: Final = "application/problem+json"
+
+
+def problem(refused: Refused, path: str) -> JSONResponse:
+    """The problem document of a refusal; it holds facts of ours and never the client's own input."""
+    reason, facts = refused.reason, dict(refused.facts)
+    status = refused.status or STATUS[reason.kind]
+    headers = {}
+    if "retry_after" in facts:
+        headers["Retry-After"] = str(facts["retry_after"])
+    if reason is Reason.UNAUTHENTICATED:
+        headers["WWW-Authenticate"] = "Bearer"
+    body: dict[str, Any] = {
+        "type": f"/problems/{reason.code}",
+        "title": reason.title,
+        "status": status,
+        "detail": refused.detail or reason.help,
+        "instance": path,
+        "code": reason.code,
+        "correlation_id": correlation_id(),
+        **facts,
+    }
+    if reason.next_action:
+        method, address = reason.next_action
+        body["next_action"] = {"method": method, "href": address.format_map(facts)}
+    return JSONResponse(body, status, headers, media_type=MEDIA_TYPE)
+
+
+def validation_errors(error: RequestValidationError) -> Refused:
+    """Points at each fault without repeating what was sent, neither values nor unknown names."""
+    faults = error.errors()
+    if any(fault["type"] == "json_invalid" for fault in faults):
+        return unreadable_json()
+    errors = []
+    for fault in faults:
+        unknown_field = fault["type"] == "extra_forbidden"
+        where = fault["loc"][:-1] if unknown_field else fault["loc"]
+        detail = "Has a field that is not known here." if unknown_field else _detail(fault)
+        errors.append({"pointer": "/" + "/".join(str(part) for part in where[1:]), "in": where[0], "detail": detail})
+    return Refused(Reason.VALIDATION_FAILED, errors=errors)
+
+
+def unreadable_json() -> Refused:
+    errors = [{"pointer": "", "in": "body", "detail": "The body is not readable as JSON."}]
+    return Refused(Reason.VALIDATION_FAILED, status=400, errors=errors)
+
+
+def _detail(fault: Any) -> str:
+    """Pydantic's own sentence, unless it might quote the input."""
+    if fault["type"] in {"value_error", "assertion_error"} or "input" in str(fault.get("ctx", {})):
+        return "The value is not accepted here."
+    return str(fault["msg"])
+
+
+def install(app: FastAPI, metrics: Metrics) -> None:
+    """Registers the handlers; whatever is raised below ends in one of them."""
+
+    def answer(request: Request, refused: Refused) -> JSONResponse:
+        kind = refused.reason.kind
+        if error_type := _ERROR_TYPE.get(kind):
+            metrics.counter("errors_total", "infra", error_type).inc()
+        return problem(refused, request.url.path)
+
+    async def on_refused(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, Refused)
+        return answer(request, error)
+
+    async def on_validation(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return answer(request, validation_errors(error))
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 400:
+            return answer(request, unreadable_json())
+        reason = _BY_STATUS.get(error.status_code, Reason.INTERNAL_ERROR)
+        response = answer(request, Refused(reason, status=error.status_code))
+        response.headers.update(error.headers or {})
+        return response
+
+    async def on_database(request: Request, error: Exception) -> JSONResponse:
+        cause = getattr(error, "orig", None)
+        driver_error = getattr(cause, "__cause__", None) or cause or error
+        if isinstance(error, PoolTimeout) or is_transient(driver_error):
+            _log.warning("database_unavailable", exception_type=type(driver_error).__name__)
+            return answer(request, Refused(Reason.OVERLOADED, retry_after=OVERLOAD_RETRY_AFTER))
+        return await on_fault(request, error)
+
+    async def on_fault(request: Request, error: Exception) -> JSONResponse:
+        _log.error("unhandled_error", exc_info=error, error_code=Reason.INTERNAL_ERROR.code)
+        return answer(request, Refused(Reason.INTERNAL_ERROR))
+
+    app.add_exception_handler(Refused, on_refused)
+    app.add_exception_handler(RequestValidationError, on_validation)
+    app.add_exception_handler(HTTPException, on_http)
+    for unavailable in (
+        DBAPIError,
+        PoolTimeout,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        OSError,
+        asyncio.TimeoutError,
+    ):
+        app.add_exception_handler(unavailable, on_database)
+    app.add_middleware(FaultBarrier, answer=on_fault)
+
+
+class FaultBarrier:
+    """Answers what no handler knows, inside of all other middleware. The framework's own place for that
+    is outside of it, where the correlation id is gone."""
+
+    def __init__(self, app: ASGIApp, answer: Callable[[Request, Exception], Awaitable[Response]]) -> None:
+        self._app = app
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def noticed(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noticed)
+        except Exception as error:
+            response = await self._answer(Request(scope), error)
+            if started:
+                raise
+            await response(scope, receive, send)

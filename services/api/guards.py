@@ -1,0 +1,203 @@
+"""The guard nets of the API: what a route may ask for, and why none can forget to ask.
+
+A route says in its signature what it needs:
+
+    context: Can[GetMessages]           a sealed SessionContext, its facts locked in the request's transaction
+    claim: Claimed[SendMessage]         the claim alone, for operations whose own statement decides
+    caller: Annotated[Principal, acting(Permission.BOOK_APPOINTMENTS)]
+    tx: Tx                              the request's transaction, committed before the response is sent
+
+`GuardedRoute` raises at import when a route asks for none of the first three. It authenticates before
+the body is read, and opens contexts after the whole request is validated, so that refusals come in the
+promised order: token, size, syntax, identifier, schema, existence, role, flags, state.
+"""
+
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
+
+from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi.dependencies.models import Dependant
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+
+from libs.domain.runtime import Runtime
+from libs.domain.sessions.door import open_session
+from libs.domain.transaction import Transaction
+from libs.guardrails import (
+    AppointmentRef,
+    Claim,
+    Operation,
+    Permission,
+    Principal,
+    Reason,
+    Refused,
+    SessionContext,
+    parse_context,
+)
+from libs.observability.context import note
+from services.api.identity import Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Net:
+    """Marks a dependency as a guard. `session` when it guards a session; `complete` when the operation's
+    own statement also checks that the caller is still active."""
+
+    session: bool
+    complete: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A guard that is opened once the whole request has turned out to be valid."""
+
+    open: Callable[[], Awaitable[Any]]
+
+
+def runtime_of(request: Request) -> Runtime:
+    return cast(Runtime, request.app.state.runtime)
+
+
+async def _transaction(request: Request) -> AsyncIterator[Transaction]:
+    async with runtime_of(request).begin() as tx:
+        yield tx
+
+
+# With any other scope FastAPI would commit after the response, and a failed commit would answer 200.
+Tx = Annotated[Transaction, Depends(_transaction, scope="function")]
+
+ContextPath = Annotated[
+    str,
+    Path(
+        description="`text_session:{id}` or `call_session:{id}`; under `/chat` also an appointment id.",
+        examples=["text_session:7"],
+    ),
+]
+
+
+def _claim(request: Request, operation: type[Operation], identifier: str) -> Claim[Operation]:
+    subject = parse_context(identifier)
+    if isinstance(subject, AppointmentRef) and not operation.by_appointment:
+        raise Refused(Reason.SESSION_CONTEXT_INVALID)
+    return Claim(operation, request.state.principal, subject)
+
+
+if TYPE_CHECKING:
+    Can: TypeAlias = SessionContext
+    Claimed: TypeAlias = Claim
+else:
+
+    class Can:
+        def __class_getitem__(cls, operation: type[Operation]) -> Any:
+            async def context_of(request: Request, context: ContextPath, tx: Tx) -> Pending:
+                claim = _claim(request, operation, context)
+                return Pending(functools.partial(open_session, tx, runtime_of(request).guard, claim))
+
+            context_of.net = Net(session=True)
+            return Annotated[SessionContext[operation], Depends(context_of)]
+
+    class Claimed:
+        def __class_getitem__(cls, operation: type[Operation]) -> Any:
+            async def claim_of(request: Request, context: ContextPath) -> Claim:
+                return _claim(request, operation, context)
+
+            claim_of.net = Net(session=True, complete=True)
+            return Annotated[Claim[operation], Depends(claim_of)]
+
+
+def acting(permission: Permission) -> Any:
+    """The dependency of a route that concerns no session: the caller, if the role has the permission."""
+
+    async def caller_of(request: Request) -> Pending:
+        principal: Principal = request.state.principal
+
+        async def permitted() -> Principal:
+            if not principal.may(permission):
+                raise Refused(Reason.ROLE_NOT_ALLOWED)
+            return principal
+
+        return Pending(permitted)
+
+    caller_of.net = Net(session=False)  # type: ignore[attr-defined]
+    return Depends(caller_of)
+
+
+class UnguardedRouteError(TypeError):
+    """A route was declared that nothing guards."""
+
+
+class GuardedRoute(APIRoute):
+    """A route that cannot be declared without a guard; see the module."""
+
+    sessions_only = False
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, _opening(endpoint), **options)
+        nets = list(_nets(self.dependant))
+        if not nets or (self.sessions_only and not any(net.session for net in nets)):
+            wanted = "Can[...] or Claimed[...]" if self.sessions_only else "Can[...], Claimed[...] or acting(...)"
+            raise UnguardedRouteError(f"{endpoint.__qualname__} ({path}) takes no {wanted}.")
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        statement_decides = any(net.complete for net in _nets(self.dependant))
+
+        async def guarded(request: Request) -> Response:
+            identity: Identity = request.app.state.identity
+            principal = await identity.authenticate(request)
+            request.state.principal = principal
+            note(tenant_id=principal.tenant_id, user_id=principal.user_id)
+            if not statement_decides:
+                await _require_active(request, identity, principal)
+            try:
+                return await handle(request)
+            except RequestValidationError:
+                if statement_decides:
+                    await _require_active(request, identity, principal)
+                raise
+
+        return guarded
+
+
+class SessionRoute(GuardedRoute):
+    """A route of a room in which everything live happens: only a session context opens it."""
+
+    sessions_only = True
+
+
+def guarded_router(prefix: str, *, tag: str, sessions_only: bool = False) -> APIRouter:
+    """The only way to make a router outside of `public.py`."""
+    return APIRouter(prefix=prefix, tags=[tag], route_class=SessionRoute if sessions_only else GuardedRoute)
+
+
+_ACTIVE = "SELECT EXISTS (SELECT FROM users WHERE tenant_id = $1 AND id = $2 AND role = $3 AND active)"
+
+
+async def _require_active(request: Request, identity: Identity, principal: Principal) -> None:
+    async with runtime_of(request).database.autocommit() as connection:
+        active = await connection.fetchval(_ACTIVE, principal.tenant_id, principal.user_id, principal.role.value)
+    if not active:
+        raise identity.refuse(request, "bad_credentials")
+
+
+def _opening(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """The endpoint, called with its pending guards opened in the order of its parameters."""
+
+    @functools.wraps(endpoint)
+    async def opened(**values: Any) -> Any:
+        for name, value in values.items():
+            if isinstance(value, Pending):
+                values[name] = await value.open()
+        return await endpoint(**values)
+
+    return opened
+
+
+def _nets(dependant: Dependant) -> Iterator[Net]:
+    net = getattr(dependant.call, "net", None)
+    if net is not None:
+        yield net
+    for dependency in dependant.dependencies:
+        yield from _nets(dependency)

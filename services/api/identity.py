@@ -1,0 +1,149 @@
+"""From a bearer token to a principal."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import httpx2
+import jwt
+from starlette.requests import HTTPConnection
+
+from libs.domain.settings import Settings
+from libs.domain.telemetry import logger
+from libs.domain.tokens import AUDIENCE, SECRET_ALGORITHM
+from libs.guardrails import Principal, Reason, Refused, Role
+from libs.guardrails.context import MAX_ID
+from libs.observability.registry import Metrics
+
+_log: Final = logger("identity")
+
+REQUIRED_CLAIMS: Final = ["exp", "iat", "sub", "aud", "iss", "tenant", "role"]
+LEEWAY_SECONDS: Final = 60
+JWKS_ALGORITHMS: Final = ["RS256", "ES256"]
+JWKS_REFRESH_SECONDS: Final = 60
+JWKS_TIMEOUT_SECONDS: Final = 5.0
+
+
+class Keys(Protocol):
+    """Who knows the key of a token. The algorithms are fixed by the kind of key, never by the token."""
+
+    @property
+    def algorithms(self) -> list[str]: ...
+
+    async def key_for(self, token: str) -> Any: ...
+
+
+class SharedSecret:
+    """One HS256 secret, as the embedded mode generates it."""
+
+    algorithms: Final = [SECRET_ALGORITHM]
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+
+    async def key_for(self, token: str) -> str:
+        return self._secret
+
+
+class JsonWebKeySet:
+    """RS256 and ES256 keys from a file or an https address, found by an allow-listed `kid`.
+
+    An unknown `kid` reloads the set, at most once a minute, so that rotated keys are picked up and a
+    stranger cannot make this process fetch at will.
+    """
+
+    algorithms: Final = JWKS_ALGORITHMS
+
+    def __init__(self, location: str, allowed_kids: frozenset[str]) -> None:
+        self._location = location
+        self._allowed = allowed_kids
+        self._keys: dict[str, jwt.PyJWK] = {}
+        self._loaded_at = float("-inf")
+
+    async def load(self) -> None:
+        """Reads the key set. Raises ValueError or an I/O error when there is none to be had."""
+        self._loaded_at = time.monotonic()
+        if self._location.startswith(("https://", "http://")):
+            async with httpx2.AsyncClient(timeout=JWKS_TIMEOUT_SECONDS) as client:
+                response = await client.get(self._location)
+                response.raise_for_status()
+                document = response.json()
+        else:
+            document = json.loads(await asyncio.to_thread(Path(self._location).read_text))
+        keys = jwt.PyJWKSet.from_dict(document).keys
+        self._keys = {key.key_id: key for key in keys if key.key_id and self._is_allowed(key.key_id)}
+        if not self._keys:
+            raise ValueError("The key set holds no key with an allowed kid.")
+
+    async def key_for(self, token: str) -> jwt.PyJWK:
+        kid = jwt.get_unverified_header(token).get("kid")
+        if not isinstance(kid, str) or not self._is_allowed(kid):
+            raise jwt.InvalidKeyError("no allowed kid")
+        if kid not in self._keys and time.monotonic() - self._loaded_at > JWKS_REFRESH_SECONDS:
+            try:
+                await self.load()
+            except (httpx2.HTTPError, OSError, ValueError, jwt.PyJWTError):
+                _log.warning("jwks_reload_failed", exc_info=True)
+        if kid not in self._keys:
+            raise jwt.InvalidKeyError("unknown kid")
+        return self._keys[kid]
+
+    def _is_allowed(self, kid: str) -> bool:
+        return not self._allowed or kid in self._allowed
+
+
+class Identity:
+    """Authenticates requests. Raises `Refused(UNAUTHENTICATED)`, and says why only to operators."""
+
+    def __init__(self, keys: Keys, issuer: str, metrics: Metrics) -> None:
+        self._keys = keys
+        self._issuer = issuer
+        self._metrics = metrics
+
+    async def authenticate(self, connection: HTTPConnection) -> Principal:
+        scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise self.refuse(connection, "bad_credentials")
+        try:
+            claims = jwt.decode(
+                token,
+                await self._keys.key_for(token),
+                algorithms=self._keys.algorithms,
+                audience=AUDIENCE,
+                issuer=self._issuer,
+                leeway=LEEWAY_SECONDS,
+                options={"require": REQUIRED_CLAIMS},
+            )
+            return _principal(claims)
+        except jwt.ExpiredSignatureError:
+            raise self.refuse(connection, "expired") from None
+        except (jwt.PyJWTError, ValueError, TypeError):
+            raise self.refuse(connection, "invalid_token") from None
+
+    def refuse(self, connection: HTTPConnection, reason: str) -> Refused:
+        """The refusal, counted and logged; `reason` is a label value of `auth_failures_total`."""
+        self._metrics.counter("auth_failures_total", reason).inc()
+        client = connection.client.host if connection.client else None
+        _log.info("auth_failed", category="security", reason=reason, client_ip=client)
+        return Refused(Reason.UNAUTHENTICATED)
+
+
+def _principal(claims: dict[str, Any]) -> Principal:
+    user_id, tenant_id = int(claims["sub"]), claims["tenant"]
+    if not isinstance(tenant_id, int) or not (0 < user_id <= MAX_ID and 0 < tenant_id <= MAX_ID):
+        raise ValueError("not an id")
+    return Principal(user_id, tenant_id, Role(claims["role"]))
+
+
+async def identity_of(settings: Settings, metrics: Metrics) -> Identity:
+    """The identity that the settings describe. Raises ValueError with a sentence for the operator."""
+    if settings.jwt_jwks:
+        kids = frozenset(kid.strip() for kid in settings.jwt_kids.split(",") if kid.strip())
+        keys = JsonWebKeySet(settings.jwt_jwks, kids)
+        await keys.load()
+        return Identity(keys, settings.jwt_issuer, metrics)
+    if settings.jwt_secret is None:
+        raise ValueError("Set SESSIONGATE_JWT_SECRET, or SESSIONGATE_JWT_JWKS to a key set.")
+    return Identity(SharedSecret(settings.jwt_secret.get_secret_value()), settings.jwt_issuer, metrics)

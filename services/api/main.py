@@ -1,0 +1,147 @@
+"""The API's composition root: settings in, a running server out. Nothing below reads a global."""
+
+import gc
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+
+from libs.domain.db import Database
+from libs.domain.doorbell import Doorbell
+from libs.domain.runtime import VERSION, Runtime, compose, flags_of, telemetry
+from libs.domain.settings import FlagSettings, libpq_dsn, load
+from libs.observability.exposition import MetricsAccess
+from libs.observability.http import HttpTelemetry
+from libs.observability.loop import watch_loop
+from libs.observability.tracing import tracer_provider
+from services.api import errors, public
+from services.api.admin.routes import router as admin
+from services.api.appointments.routes import router as appointments
+from services.api.chat.routes import router as chat
+from services.api.identity import Identity, identity_of
+from services.api.middleware import BoundedBody, SecurityHeaders
+from services.api.notifications.routes import router as notifications
+from services.api.people.routes import router as people
+from services.api.sessions.routes import router as sessions
+from services.api.settings import ApiSettings
+
+ROOMS: Final = (people, appointments, sessions, chat, notifications, admin)
+BASE: Final = "/api/v1"
+GRACE_SECONDS: Final = 15
+
+_DESCRIPTION: Final = (
+    "Nothing live happens without a session: chat and billing address a session context such as"
+    " `text_session:7`. Every refusal is a problem document whose `code` and `next_action` say what to do."
+)
+
+
+def create_app(
+    runtime: Runtime, settings: ApiSettings, *, identity: Identity, doorbell: Doorbell, access: MetricsAccess
+) -> FastAPI:
+    """The application around an open runtime."""
+    app = FastAPI(
+        title="Sessiongate",
+        version=VERSION,
+        description=_DESCRIPTION,
+        docs_url="/docs" if settings.docs_enabled else None,
+        openapi_url="/openapi.json" if settings.docs_enabled else None,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.runtime = runtime
+    app.state.identity = identity
+    app.state.doorbell = doorbell
+    app.state.metrics_access = access
+    app.include_router(public.router)
+    for room in ROOMS:
+        app.include_router(room, prefix=BASE)
+    errors.install(app, runtime.metrics)
+    app.add_middleware(BoundedBody, limit=settings.request_body_limit, seconds=settings.request_deadline_seconds)
+    app.add_middleware(SecurityHeaders)
+    app.add_middleware(HttpTelemetry, metrics=runtime.metrics, route_of=RouteTemplates(app), quiet=public.PROBES)
+    FastAPIInstrumentor.instrument_app(
+        app,
+        tracer_provider=tracer_provider(),
+        exclude_spans=["receive", "send"],
+        excluded_urls="/metrics,/healthz,/readyz",
+    )
+    return app
+
+
+class RouteTemplates:
+    """The template of the route that answered, such as `/api/v1/appointments/{appointment_id}`.
+
+    The route in the scope lacks the prefix of its router, so templates are looked up by endpoint.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._templates: dict[Any, str] | None = None
+
+    def __call__(self, scope: Any) -> str:
+        if self._templates is None:
+            contexts = iter_route_contexts(self._app.routes)
+            self._templates = {
+                context.endpoint: context.path for context in contexts if context.endpoint and context.path
+            }
+        return self._templates.get(scope.get("endpoint"), "unmatched")
+
+
+@asynccontextmanager
+async def open_app(settings: ApiSettings, flags: FlagSettings) -> AsyncIterator[FastAPI]:
+    """Everything the API needs, opened; closed again in reverse order."""
+    async with telemetry(settings, "sessiongate-api") as metrics:
+        identity = await identity_of(settings, metrics)
+        secret = settings.metrics_basic_auth
+        access = MetricsAccess.parse(secret.get_secret_value() if secret else None, settings.metrics_allow)
+        database = Database(
+            libpq_dsn(settings.database_url), application="sessiongate-api", pool_size=settings.pool_size
+        )
+        doorbell = Doorbell(settings.redis_url, metrics)
+        metrics.gauge("db_connections_max", "api").set(database.max_connections)
+        try:
+            runtime = compose(settings, flags_of(flags), metrics=metrics, database=database, bell=doorbell)
+            async with watch_loop(metrics):
+                yield create_app(runtime, settings, identity=identity, doorbell=doorbell, access=access)
+        finally:
+            await doorbell.close()
+            await database.close()
+
+
+async def serve(settings: ApiSettings, flags: FlagSettings) -> None:
+    async with open_app(settings, flags) as app:
+        # What is alive now stays alive: without this, full collections of it make the slowest requests.
+        gc.collect()
+        gc.freeze()
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                host=settings.api_host,
+                port=settings.api_port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+                timeout_keep_alive=30,
+                ws_max_size=65536,
+                ws_per_message_deflate=False,
+                lifespan="off",
+            )
+        )
+        await server.serve()
+
+
+def main() -> None:
+    settings, flags = load(ApiSettings), load(FlagSettings)
+    try:
+        uvloop.run(serve(settings, flags))
+    except (ValueError, OSError) as error:
+        sys.exit(f"The API cannot start: {error}")

@@ -1,0 +1,126 @@
+"""Types that several rooms share: what the API accepts and what every answer looks like."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Annotated, Any, Generic, TypeVar
+
+from fastapi import Path, Query
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from libs.domain.pages import Page
+from libs.guardrails import Reason
+from libs.guardrails.context import MAX_ID
+from services.api.errors import MEDIA_TYPE, STATUS
+
+T = TypeVar("T")
+
+
+class In(BaseModel):
+    """A request body: fields that are not declared are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Out(BaseModel):
+    """A response body, read from an object of the domain."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+
+def _without_nul(text: str) -> str:
+    # PostgreSQL cannot store it. Lone surrogates are refused by the type itself.
+    if "\x00" in text:
+        raise PydanticCustomError("nul", "Must not contain the NUL character.")
+    return text
+
+
+def _only_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise PydanticCustomError("timestamp", "Must be an RFC 3339 timestamp with an offset.")
+    return value
+
+
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise PydanticCustomError("timestamp", "Must be a moment between the years 1 and 9999 in UTC.") from None
+
+
+SafeStr = Annotated[str, AfterValidator(_without_nul)]
+Id = Annotated[int, Field(strict=True, ge=1, le=MAX_ID)]
+Count = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
+Timestamp = Annotated[AwareDatetime, BeforeValidator(_only_text), AfterValidator(_in_utc)]
+
+IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
+Cursor = Annotated[int | None, Query(ge=1, le=MAX_ID, description="`next_cursor` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=100)]
+DEFAULT_LIMIT = 50
+
+
+class PageOut(Out, Generic[T]):
+    """One page, newest first; pass `next_cursor` as `cursor` to get the next."""
+
+    items: list[T]
+    next_cursor: str | None
+    has_more: bool
+
+
+def page_out(page: Page[Any], read: Callable[[Any], T]) -> PageOut[T]:
+    cursor = None if page.next_cursor is None else str(page.next_cursor)
+    return PageOut(items=[read(item) for item in page.items], next_cursor=cursor, has_more=page.has_more)
+
+
+class NextAction(BaseModel):
+    method: str
+    href: str
+
+
+class FieldError(BaseModel):
+    """`pointer` is a JSON pointer into the part of the request that `in` names."""
+
+    pointer: str
+    detail: str
+
+
+class Problem(BaseModel):
+    """Every refusal, as `application/problem+json` (RFC 9457)."""
+
+    type: str = Field(examples=["/problems/SESSION_NOT_READY"])
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+    correlation_id: str
+    appointment_id: int | None = None
+    session_id: int | None = None
+    session_context: str | None = None
+    retry_after: int | None = Field(None, description="Seconds to wait; also in the header `Retry-After`.")
+    next_action: NextAction | None = None
+    errors: list[FieldError] | None = None
+
+
+_ALWAYS = (
+    Reason.UNAUTHENTICATED,
+    Reason.ROLE_NOT_ALLOWED,
+    Reason.PAYLOAD_TOO_LARGE,
+    Reason.VALIDATION_FAILED,
+    Reason.OVERLOADED,
+)
+
+
+def refusals(*reasons: Reason) -> dict[int | str, dict[str, Any]]:
+    """The documented refusals of a route, besides those that every route has."""
+    by_status: dict[int, list[Reason]] = {}
+    for reason in (*_ALWAYS, *reasons):
+        by_status.setdefault(STATUS[reason.kind], []).append(reason)
+    return {
+        status: {
+            "model": Problem,
+            "description": " ".join(f"`{reason.code}`: {reason.title}." for reason in listed),
+            "content": {MEDIA_TYPE: {}},
+        }
+        for status, listed in sorted(by_status.items())
+    }

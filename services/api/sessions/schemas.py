@@ -1,0 +1,53 @@
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import Field
+
+from libs.guardrails import SessionKind, SessionStatus
+from services.api.schemas import In, Out, SafeStr
+
+
+class EndSession(In):
+    reason: Annotated[SafeStr, Field(max_length=200)] | None = None
+
+
+class SessionOut(Out):
+    """`response_deadline` is when a waiting text session expires unless the doctor answers;
+    `remaining_seconds` is null while no allowance runs."""
+
+    id: int
+    context: str
+    kind: SessionKind
+    modality: str
+    source: str
+    status: SessionStatus
+    appointment_id: int | None
+    patient_id: int
+    doctor_id: int
+    created_at: datetime
+    response_deadline: datetime | None
+    activated_at: datetime | None
+    connected_at: datetime | None
+    ended_at: datetime | None
+    end_reason: str | None
+    units_charged: int
+    remaining_seconds: int | None = None
+
+
+class PayoutOut(Out):
+    amount_minor: int
+    currency: str
+
+
+class BillingOut(Out):
+    """What ending charged: `units_charged` in all, `units_added` by this request."""
+
+    units_charged: int
+    units_added: int
+    payouts: list[PayoutOut]
+
+
+class EndedOut(Out):
+    session: SessionOut
+    billing: BillingOut
+    already_ended: bool

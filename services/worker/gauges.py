@@ -1,0 +1,86 @@
+"""What the worker writes down and exports about the state of the database, from one place.
+
+A heartbeat every second proves that a worker lives. Every 15 seconds the gauges are set and the backlog
+sampled, and runs made at the command line are added to the counters, each exactly once.
+"""
+
+import asyncio
+from typing import Final
+
+from libs.domain.conversion import monitor
+from libs.domain.conversion.report import count
+from libs.domain.runtime import Runtime
+from libs.domain.tables import PENDING_DELIVERY
+from libs.domain.telemetry import logger
+
+_log: Final = logger("worker")
+
+HEARTBEAT_SECONDS: Final = 1.0
+
+_BEAT: Final = """
+    INSERT INTO workers (name) VALUES ($1) ON CONFLICT (name) DO UPDATE SET beat_at = clock()
+"""
+_LEAVE: Final = "DELETE FROM workers WHERE name = $1 OR beat_at < clock() - interval '1 day'"
+
+_OUTBOX: Final = f"""
+    SELECT count(*) AS depth,
+        coalesce(extract(epoch FROM clock() - min(e.created_at)), 0)::float8 AS lag,
+        (SELECT count(*) FROM outbox_deliveries WHERE dead_at IS NOT NULL) AS dead
+    FROM outbox_deliveries d JOIN outbox_events e ON e.id = d.event_id
+    WHERE {PENDING_DELIVERY}
+"""
+
+_COUNT_RUNS: Final = """
+    WITH run AS (
+        UPDATE conversion_runs SET counted = true
+        WHERE NOT counted AND (finished_at IS NOT NULL OR started_at < clock() - interval '5 minutes')
+        RETURNING run_id, task
+    )
+    SELECT run.task, a.result, a.modality, a.reason, count(*)::int AS number
+    FROM run JOIN conversion_attempts a USING (run_id)
+    GROUP BY 1, 2, 3, 4
+"""
+
+
+class Gauges:
+    def __init__(self, runtime: Runtime, worker: str) -> None:
+        self._runtime = runtime
+        self._worker = worker
+
+    async def run(self) -> None:
+        """Beats and measures until cancelled."""
+        measured_at = float("-inf")
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                await self._execute(_BEAT)
+                if loop.time() - measured_at >= monitor.SAMPLE_SECONDS:
+                    await self.measure()
+                    measured_at = loop.time()
+            except Exception as error:
+                _log.error("gauges_failed", exc_info=error, exception_type=type(error).__name__)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def measure(self) -> None:
+        metrics, database = self._runtime.metrics, self._runtime.database
+        due, needs_attention = await monitor.sample(database)
+        metrics.gauge("appointments_due_count").set(due)
+        metrics.gauge("appointments_needs_attention").set(needs_attention)
+        async with database.autocommit() as connection:
+            outbox = await connection.fetchrow(_OUTBOX)
+            runs = await connection.fetch(_COUNT_RUNS)
+        assert outbox is not None
+        metrics.gauge("outbox_dispatch_lag_seconds").set(outbox["lag"])
+        metrics.gauge("outbox_dead").set(outbox["dead"])
+        metrics.gauge("worker_queue_depth", "outbox").set(outbox["depth"])
+        metrics.gauge("db_connections_in_use", "worker").set(database.in_use())
+        for run in runs:
+            count(metrics, run["task"], [(run["result"], run["modality"], run["reason"], run["number"])])
+
+    async def leave(self) -> None:
+        """Takes this worker off the list, when it stops in good order."""
+        await self._execute(_LEAVE)
+
+    async def _execute(self, statement: str) -> None:
+        async with self._runtime.database.autocommit() as connection:
+            await connection.execute(statement, self._worker)

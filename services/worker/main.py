@@ -1,0 +1,136 @@
+"""The worker's composition root: the pulse, the outbox lanes, the gauges, and the doorbell's listener."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, Final, Protocol
+
+import uvloop
+
+from libs.domain.conversion.report import Reporter
+from libs.domain.conversion.runs import Converter
+from libs.domain.db import WORKER_TIMEOUTS, Database
+from libs.domain.jobs import ConvertDue, DispatchOutbox, Job
+from libs.domain.notifications import Notifications
+from libs.domain.outbox.dispatch import Dispatcher
+from libs.domain.outbox.events import Consumer, Lane
+from libs.domain.runtime import compose, flags_of, telemetry
+from libs.domain.settings import FlagSettings, libpq_dsn, load
+from libs.domain.telemetry import logger
+from libs.observability.exposition import MetricsAccess, serve_metrics
+from libs.observability.loop import watch_loop
+from services.worker.gauges import Gauges
+from services.worker.outbox import OutboxLane
+from services.worker.pulse import Pulse
+from services.worker.runner import functions, listen
+from services.worker.settings import WorkerSettings
+
+_log: Final = logger("worker")
+
+GRACE_SECONDS: Final = 15.0
+
+
+class LocalBell:
+    """Rings within this process: whoever commits rows here needs no Redis to have them followed up."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[type[Job], Callable[[], None]] = {}
+
+    def ring(self, job: Job) -> None:
+        self.handlers[type(job)]()
+
+
+async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
+    """Works until SIGTERM or SIGINT."""
+    async with telemetry(settings, "sessiongate-worker") as metrics:
+        secret = settings.metrics_basic_auth
+        access = MetricsAccess.parse(secret.get_secret_value() if secret else None, settings.metrics_allow)
+        database = Database(
+            libpq_dsn(settings.database_url),
+            application="sessiongate-worker",
+            pool_size=settings.pool_size,
+            command_timeout=35.0,
+            timeouts=WORKER_TIMEOUTS,
+        )
+        metrics.gauge("db_connections_max", "worker").set(database.max_connections)
+        bell = LocalBell()
+        runtime = compose(settings, flags_of(flags), metrics=metrics, database=database, bell=bell)
+        reporter = Reporter(metrics)
+        converter = Converter(
+            database,
+            reporter.batch,
+            worker=settings.worker_name,
+            counts=True,
+            batch_limit=settings.conversion_batch_limit,
+        )
+        pulse = Pulse(runtime, converter, reporter)
+        dispatcher = Dispatcher(database, {Consumer.NOTIFICATIONS: Notifications(database)}, metrics)
+        lanes = [OutboxLane(dispatcher, lane) for lane in Lane]
+        gauges = Gauges(runtime, settings.worker_name)
+
+        def dispatch() -> None:
+            for lane in lanes:
+                lane.wake()
+
+        bell.handlers = {ConvertDue: pulse.wake, DispatchOutbox: dispatch}
+        jobs = functions(bell.handlers, metrics)
+        try:
+            async with (
+                serve_metrics(metrics, access, settings.worker_metrics_host, settings.worker_metrics_port),
+                watch_loop(metrics),
+            ):
+                _log.info("worker_started", worker=settings.worker_name)
+                await _run_until_signalled(
+                    finishing=[pulse, *lanes], abandoned=[gauges.run(), listen(settings.redis_url, jobs)]
+                )
+                with suppress(Exception):
+                    await gauges.leave()
+                _log.info("worker_stopped", worker=settings.worker_name)
+        finally:
+            await database.close()
+
+
+class Finishing(Protocol):
+    """A loop that, when stopped, finishes what it has begun."""
+
+    async def run(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+async def _run_until_signalled(finishing: Sequence[Finishing], abandoned: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Runs all loops until SIGTERM or SIGINT. Then the first kind may finish what it has begun, within
+    the grace period; the second kind is cancelled. A loop that ends by itself is a fault and raised."""
+    signalled = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, signalled.set)
+    finishers = [asyncio.create_task(each.run()) for each in finishing]
+    others = [asyncio.create_task(each) for each in abandoned]
+    waiting = asyncio.create_task(signalled.wait())
+    tasks = [*finishers, *others]
+    try:
+        done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {waiting}:
+            task.result()
+            raise RuntimeError("A loop of the worker ended by itself.")
+        for each in finishing:
+            each.stop()
+        for task in others:
+            task.cancel()
+        await asyncio.wait(finishers, timeout=GRACE_SECONDS)
+    finally:
+        waiting.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def main() -> None:
+    settings, flags = load(WorkerSettings), load(FlagSettings)
+    try:
+        uvloop.run(work(settings, flags))
+    except (ValueError, OSError) as error:
+        sys.exit(f"The worker cannot start: {error}")
