@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from libs.domain.settings import Settings, libpq_dsn, load
+from libs.domain.settings import DatabaseSettings, libpq_dsn, load
 from libs.domain.tables import metadata
 
 # Held by one migrating process at a time; the others wait, and then find nothing left to do.
@@ -41,7 +41,7 @@ async def run(url: str) -> None:
 
 
 def configured_url() -> str:
-    settings = load(Settings)
+    settings = load(DatabaseSettings)
     return libpq_dsn(settings.migrations_database_url or settings.database_url)
 
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final, cast
 
 import asyncpg
+import orjson
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
@@ -69,6 +70,7 @@ class Database:
                 max_overflow=0,
                 pool_timeout=POOL_TIMEOUT,
                 hide_parameters=True,
+                json_deserializer=orjson.loads,
                 **options,
             )
 

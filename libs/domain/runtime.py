@@ -37,18 +37,6 @@ class Runtime:
         """A transaction that commits when its block ends well; see `libs.domain.transaction`."""
         return transaction(self.database, self.bell)
 
-    def thresholds(self) -> Thresholds:
-        settings = self.settings
-        return Thresholds(
-            backlog_warning=settings.backlog_warning,
-            backlog_critical=settings.backlog_critical,
-            backlog_window=settings.backlog_window_seconds,
-            error_warning=settings.error_rate_warning,
-            error_warning_window=settings.error_rate_warning_window_seconds,
-            error_critical=settings.error_rate_critical,
-            error_critical_window=settings.error_rate_critical_window_seconds,
-        )
-
 
 def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Database, bell: Bell) -> Runtime:
     """Puts the parts together; opens nothing."""
@@ -80,6 +68,19 @@ async def telemetry(settings: Settings, service: str) -> AsyncIterator[Metrics]:
         tracing = configure_tracing(service, VERSION)
         stack.callback(tracing.shutdown)
         yield metrics
+
+
+def thresholds_of(settings: Settings) -> Thresholds:
+    """When the monitor alerts, as configured."""
+    return Thresholds(
+        backlog_warning=settings.backlog_warning,
+        backlog_critical=settings.backlog_critical,
+        backlog_window=settings.backlog_window_seconds,
+        error_warning=settings.error_rate_warning,
+        error_warning_window=settings.error_rate_warning_window_seconds,
+        error_critical=settings.error_rate_critical,
+        error_critical_window=settings.error_rate_critical_window_seconds,
+    )
 
 
 def flags_of(settings: FlagSettings) -> Flags:

@@ -52,7 +52,8 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 # Docstrings below the fields are their descriptions; an empty variable counts as unset.
-def _sources(prefix: str) -> SettingsConfigDict:
+def sources(prefix: str) -> SettingsConfigDict:
+    """Where settings whose variables begin with `prefix` come from; for every class of settings the same."""
     return SettingsConfigDict(
         env_prefix=prefix,
         env_file=".env",
@@ -63,15 +64,20 @@ def _sources(prefix: str) -> SettingsConfigDict:
     )
 
 
-class Settings(BaseSettings):
-    """What every process of Sessiongate needs to know."""
+class DatabaseSettings(BaseSettings):
+    """Where the facts are."""
 
-    model_config = _sources("SESSIONGATE_")
+    model_config = sources("SESSIONGATE_")
 
     database_url: PostgresUrl
     """PostgreSQL, with the login role of the services, which owns nothing."""
     migrations_database_url: PostgresUrl | None = None
-    """PostgreSQL, with the role that owns the schema; only migrations use it. Default: the database URL."""
+    """PostgreSQL, with the role that owns the schema; only migrations use it. Default: the same."""
+
+
+class Settings(DatabaseSettings):
+    """What every process of Sessiongate needs to know."""
+
     redis_url: RedisUrl
     """Redis, which rings for the worker and holds no facts."""
     pool_size: Positive = 10
@@ -132,7 +138,7 @@ class Settings(BaseSettings):
 class FlagSettings(BaseSettings):
     """The rollout flags: the defaults of a process."""
 
-    model_config = _sources("")
+    model_config = sources("")
 
     ENFORCE_SESSION_GATED_CHAT: bool = False
     """Chat by appointment id is refused when the appointment has a session; otherwise allowed with a warning."""

@@ -55,8 +55,10 @@ def _id() -> Column[int]:
     return Column("id", BigInteger, Identity(), primary_key=True)
 
 
-def _tenant() -> Column[int]:
-    return Column("tenant_id", BigInteger, ForeignKey("tenants.id"), nullable=False)
+def _tenant(*, known: bool = True) -> Column[int]:
+    """The tenant of a row. `known` when another reference of the row names the tenant too and so proves it;
+    each reference costs every insert a look."""
+    return Column("tenant_id", BigInteger, *(() if known else [ForeignKey("tenants.id")]), nullable=False)
 
 
 def _time(name: str, *, required: bool = False, default_now: bool = False) -> Column[Any]:
@@ -64,9 +66,13 @@ def _time(name: str, *, required: bool = False, default_now: bool = False) -> Co
     return Column(name, DateTime(timezone=True), nullable=not (required or default_now), server_default=default)
 
 
+def _within_tenant(column: str, table: str) -> ForeignKeyConstraint:
+    """A reference to a row of the same tenant: another tenant's id cannot be stored."""
+    return ForeignKeyConstraint(["tenant_id", column], [f"{table}.tenant_id", f"{table}.id"])
+
+
 def _person(column: str) -> ForeignKeyConstraint:
-    """A reference to a user of the same tenant: another tenant's id cannot be stored."""
-    return ForeignKeyConstraint(["tenant_id", column], ["users.tenant_id", "users.id"])
+    return _within_tenant(column, "users")
 
 
 tenants = Table(
@@ -81,7 +87,7 @@ users = Table(
     "users",
     metadata,
     _id(),
-    _tenant(),
+    _tenant(known=False),
     Column("role", Text, nullable=False),
     Column("name", Text, nullable=False),
     Column("country", Text, nullable=False),
@@ -132,7 +138,7 @@ appointments = Table(
     _time("proposed_starts_at"),
     Column("reason", Text),
     Column("cancel_reason", Text),
-    Column("session_id", BigInteger, ForeignKey("sessions.id", use_alter=True), unique=True),
+    Column("session_id", BigInteger),
     Column("conversion_attempts", Integer, nullable=False, server_default=text("0")),
     Column("conversion_failures", Integer, nullable=False, server_default=text("0")),
     _time("next_attempt_at"),
@@ -145,6 +151,8 @@ appointments = Table(
     _time("updated_at", default_now=True),
     _person("patient_id"),
     _person("doctor_id"),
+    # The session of an appointment is the one that names it, and so of no other.
+    ForeignKeyConstraint(["session_id", "id"], ["sessions.id", "sessions.appointment_id"], use_alter=True),
     CheckConstraint(
         "status IN ('PENDING', 'CONFIRMED', 'CANCELLED', 'EXPIRED', 'RESCHEDULE_PROPOSED',"
         " 'IN_PROGRESS', 'COMPLETED', 'NO_SHOW')",
@@ -158,7 +166,7 @@ appointments = Table(
     ),
     Index("appointments_parked_idx", "starts_at", postgresql_where=text("parked_at IS NOT NULL")),
     Index("appointments_pending_idx", "starts_at", postgresql_where=text("status = 'PENDING'")),
-    Index(None, "tenant_id", "id"),
+    UniqueConstraint("tenant_id", "id"),
     Index(None, "patient_id", "id"),
     Index(None, "doctor_id", "id"),
     # Conversions leave dead entries at the head of the due index; vacuum them early.
@@ -171,10 +179,11 @@ busy_intervals = Table(
     _id(),
     _tenant(),
     Column("doctor_id", BigInteger, nullable=False),
-    Column("appointment_id", BigInteger, ForeignKey("appointments.id"), nullable=False),
+    Column("appointment_id", BigInteger, nullable=False),
     Column("phase", Text, nullable=False, server_default=text("'full'")),
     Column("during", TSTZRANGE, nullable=False),
     Column("active", Boolean, nullable=False, server_default=text("true")),
+    _within_tenant("appointment_id", "appointments"),
     # int8range stands in for "=", which GiST knows for bigint only with an extension.
     ExcludeConstraint(
         (text("int8range(doctor_id, doctor_id, '[]')"), "&&"),
@@ -193,7 +202,7 @@ sessions = Table(
     Column("kind", Text, nullable=False),
     Column("modality", Text, nullable=False),
     Column("source", Text, nullable=False),
-    Column("appointment_id", BigInteger, ForeignKey("appointments.id"), unique=True),
+    Column("appointment_id", BigInteger, unique=True),
     Column("patient_id", BigInteger, nullable=False),
     Column("doctor_id", BigInteger, nullable=False),
     Column("status", Text, nullable=False),
@@ -207,6 +216,7 @@ sessions = Table(
     Column("ended_by", BigInteger),
     Column("end_reason", Text),
     Column("units_charged", Integer, nullable=False, server_default=text("0")),
+    _within_tenant("appointment_id", "appointments"),
     _person("patient_id"),
     _person("doctor_id"),
     CheckConstraint("kind IN ('text', 'call')", name="kind"),
@@ -230,7 +240,8 @@ sessions = Table(
     ),
     Index(None, "patient_id", "id"),
     Index(None, "doctor_id", "id"),
-    Index(None, "tenant_id", "id"),
+    UniqueConstraint("tenant_id", "id"),
+    UniqueConstraint("id", "appointment_id"),
 )
 
 conversations = Table(
@@ -238,10 +249,13 @@ conversations = Table(
     metadata,
     _id(),
     _tenant(),
-    Column("appointment_id", BigInteger, ForeignKey("appointments.id"), unique=True),
-    Column("session_id", BigInteger, ForeignKey("sessions.id"), unique=True),
+    Column("appointment_id", BigInteger, unique=True),
+    Column("session_id", BigInteger, unique=True),
     Column("last_seq", BigInteger, nullable=False, server_default=text("0")),
     _time("created_at", default_now=True),
+    _within_tenant("appointment_id", "appointments"),
+    _within_tenant("session_id", "sessions"),
+    UniqueConstraint("tenant_id", "id"),
     CheckConstraint("appointment_id IS NOT NULL OR session_id IS NOT NULL", name="owner"),
 )
 
@@ -250,9 +264,10 @@ participants = Table(
     metadata,
     _id(),
     _tenant(),
-    Column("conversation_id", BigInteger, ForeignKey("conversations.id"), nullable=False),
+    Column("conversation_id", BigInteger, nullable=False),
     Column("user_id", BigInteger, nullable=False),
     Column("role", Text, nullable=False),
+    _within_tenant("conversation_id", "conversations"),
     _person("user_id"),
     UniqueConstraint("conversation_id", "user_id"),
 )
@@ -262,7 +277,7 @@ messages = Table(
     metadata,
     _id(),
     _tenant(),
-    Column("conversation_id", BigInteger, ForeignKey("conversations.id"), nullable=False),
+    Column("conversation_id", BigInteger, nullable=False),
     Column("seq", BigInteger, nullable=False),
     Column("sender_id", BigInteger, ForeignKey("participants.id"), nullable=False),
     Column("client_message_id", Text, nullable=False),
@@ -270,6 +285,7 @@ messages = Table(
     Column("body", Text, nullable=False),
     Column("media_url", Text),
     _time("sent_at", default_now=True),
+    _within_tenant("conversation_id", "conversations"),
     UniqueConstraint("conversation_id", "seq"),
     UniqueConstraint("conversation_id", "client_message_id"),
     CheckConstraint("kind IN ('text', 'image', 'voice')", name="kind"),
@@ -300,16 +316,18 @@ conversion_attempts = Table(
     metadata,
     _id(),
     _tenant(),
-    Column("appointment_id", BigInteger, ForeignKey("appointments.id"), nullable=False),
+    Column("appointment_id", BigInteger, nullable=False),
     Column("run_id", Uuid, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("modality", Text, nullable=False),
     Column("result", Text, nullable=False),
     Column("reason", Text),
     Column("error_message", Text),
-    Column("session_id", BigInteger, ForeignKey("sessions.id")),
+    Column("session_id", BigInteger),
     _time("started_at", default_now=True),
     Column("duration_ms", Float),
+    _within_tenant("appointment_id", "appointments"),
+    _within_tenant("session_id", "sessions"),
     CheckConstraint("result IN ('created', 'skipped', 'failed')", name="result"),
     CheckConstraint("(result = 'created') = (session_id IS NOT NULL)", name="session"),
     CheckConstraint("(result = 'created') = (reason IS NULL)", name="reason"),
@@ -333,7 +351,7 @@ outbox_events = Table(
     metadata,
     _id(),
     Column("event_id", Uuid, nullable=False, unique=True, server_default=text("gen_random_uuid()")),
-    _tenant(),
+    _tenant(known=False),
     Column("name", Text, nullable=False),
     Column("schema_version", Integer, nullable=False, server_default=text("1")),
     Column("aggregate", Text, nullable=False),
@@ -381,11 +399,13 @@ notifications = Table(
     _tenant(),
     Column("user_id", BigInteger, nullable=False),
     Column("kind", Text, nullable=False),
-    Column("appointment_id", BigInteger, ForeignKey("appointments.id")),
-    Column("session_id", BigInteger, ForeignKey("sessions.id")),
+    Column("appointment_id", BigInteger),
+    Column("session_id", BigInteger),
     Column("event_id", Uuid, nullable=False),
     _time("created_at", default_now=True),
     _time("read_at"),
+    _within_tenant("appointment_id", "appointments"),
+    _within_tenant("session_id", "sessions"),
     _person("user_id"),
     UniqueConstraint("user_id", "event_id", "kind"),
     Index(
@@ -411,7 +431,7 @@ audit_log = Table(
     "audit_log",
     metadata,
     _id(),
-    _tenant(),
+    _tenant(known=False),
     Column("actor_id", BigInteger),
     Column("action", Text, nullable=False),
     Column("subject", Text, nullable=False),

@@ -7,7 +7,7 @@ a `SessionContext` is the proof that the guard allowed exactly that. Only `Guard
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar, final
 
 from libs.guardrails.operations import Operation, SessionStatus
 from libs.guardrails.permissions import Principal
@@ -125,6 +125,7 @@ class _Seal:
 SEAL: Final = _Seal()
 
 
+@final
 class SessionContext(Generic[Op]):
     """Permission to perform `Op`, once, now, on this session.
 
@@ -142,6 +143,10 @@ class SessionContext(Generic[Op]):
         self.caller = claim.caller
         self.session = facts.session
         self.appointment = facts.appointment
+
+    def __init_subclass__(cls) -> None:
+        # A subclass could leave out the check of the seal.
+        raise TypeError("A SessionContext has no subclasses.")
 
     def __reduce__(self) -> str:
         raise TypeError("A SessionContext does not leave its process.")

@@ -39,14 +39,14 @@ class Verdict:
 
 
 def decide(claim: Claim[Operation], facts: Facts, flags: Flags) -> Verdict:
-    """Judges a claim in the order in which refusals are promised: identifier, caller, existence and
+    """Judges a claim in the order in which refusals are promised: caller, identifier, existence and
     taking part, role, flags, state."""
     operation, caller = claim.operation, claim.caller
     by_appointment = isinstance(claim.subject, AppointmentRef)
-    if by_appointment and not operation.by_appointment:
-        return Verdict(Reason.SESSION_CONTEXT_INVALID)
     if not facts.caller_active:
         return Verdict(Reason.UNAUTHENTICATED)
+    if by_appointment and not operation.by_appointment:
+        return Verdict(Reason.SESSION_CONTEXT_INVALID)
     subject = facts.appointment if by_appointment else facts.session
     if subject is None or not _takes_part(caller, subject):
         return Verdict(Reason.APPOINTMENT_NOT_FOUND if by_appointment else Reason.SESSION_NOT_FOUND)

@@ -36,6 +36,9 @@ class Label:
         if not _NAME.fullmatch(self.name) or self.name in _FORBIDDEN_LABELS or self.name.endswith("_id"):
             raise ValueError(f"{self.name!r} is no name for a label: ids and personal data are never labels.")
 
+    def has(self, value: str) -> bool:
+        return self.values is None or value in self.values
+
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
@@ -58,6 +61,9 @@ class MetricSpec:
             raise ValueError(f"{self.name}: counters, and only counters, end in _total.")
         if self.kind == "histogram" and not (self.buckets and self.name.endswith(_UNITS)):
             raise ValueError(f"{self.name}: a histogram has buckets and ends in its base unit.")
+        for values in self.combinations or ():
+            if len(values) != len(self.labels) or not all(map(Label.has, self.labels, values)):
+                raise ValueError(f"{self.name}: {values} are not values of its labels.")
 
     def series(self) -> Iterable[tuple[str, ...]]:
         """The label values of all series that exist from the start; none when a label is open."""
@@ -92,7 +98,7 @@ def histogram(
 
 
 OWN: Final = (
-    counter("obs_label_values_rejected_total", "Label values mapped to other", Label("metric")),
+    counter("obs_label_values_rejected_total", "Label values mapped to other", Label("metric", limit=1000)),
     counter(
         "obs_log_redactions_total",
         "Values masked in logs",

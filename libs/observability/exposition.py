@@ -102,7 +102,8 @@ class _Exporter:
                 writer.write(self._response(head, writer.get_extra_info("peername")))
                 await writer.drain()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass
+            # Closing would wait for a client that does not read.
+            writer.transport.abort()
         finally:
             writer.close()
 

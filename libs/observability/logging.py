@@ -8,6 +8,7 @@ and puts them on a bounded queue; masking, encoding and writing happen behind it
 """
 
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -25,7 +26,7 @@ from opentelemetry import trace
 from structlog.typing import EventDict, WrappedLogger
 
 from libs.observability.context import fields
-from libs.observability.redaction import Masked, Redactor
+from libs.observability.redaction import OURS, Masked, Redactor
 from libs.observability.registry import Metrics
 
 ROUTINE_CAPACITY: Final = 8_000
@@ -107,8 +108,8 @@ class Logging:
 
     def close(self) -> None:
         """Writes what is left and stops the writer; lines logged later are lost."""
+        # structlog stays as it is: its defaults would print later lines unmasked.
         self._writer.close()
-        structlog.reset_defaults()
 
 
 def _described(error: BaseException | None, *, stack: bool) -> dict[str, Any]:
@@ -139,9 +140,17 @@ class _StandardHandler(logging.Handler):
         try:
             told = getattr(self._log, record.levelname.lower(), self._log.warning)
             error = record.exc_info[1] if record.exc_info else None
-            told("library_log", message=record.getMessage(), logger=record.name, exc_info=error)
+            told("library_log", message=_message(record), logger=record.name, exc_info=error)
         except Exception:
             self.handleError(record)
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except (TypeError, ValueError, KeyError):
+        # The arguments do not fit: what the standard library would print about that is not masked.
+        return str(record.msg)
 
 
 _Line = EventDict | threading.Event | None
@@ -160,11 +169,14 @@ class _Writer:
         self._dropped_routine = metrics.counter("obs_log_lines_dropped_total", "routine")
         self._dropped_urgent = metrics.counter("obs_log_lines_dropped_total", "urgent")
         self._write: Callable[[bytes], None] = _stdout if settings.path is None else _RotatingFile(settings.path).write
+        self._open = True
         self._thread = threading.Thread(target=self._run, name="log writer", daemon=True)
         self._thread.start()
 
     def put(self, _: WrappedLogger, level: str, event: EventDict) -> EventDict:
         urgent = _LEVELS.get(level, 0) >= logging.WARNING
+        if not self._open:
+            raise structlog.DropEvent
         if self._queue.qsize() < (CAPACITY if urgent else ROUTINE_CAPACITY):
             self._queue.put(event)
         else:
@@ -177,6 +189,7 @@ class _Writer:
         reached.wait(timeout=5)
 
     def close(self) -> None:
+        self._open = False
         self._queue.put(None)
         self._thread.join(timeout=5)
 
@@ -199,20 +212,28 @@ class _Writer:
             if lines:
                 try:
                     self._write(b"".join(lines))
-                except OSError as error:
+                except (OSError, ValueError) as error:  # ValueError: stdout is closed
                     print(f"Cannot write logs: {error}", file=sys.stderr)  # noqa: T201
             for event in reached:
                 event.set()
 
     def _encode(self, event: EventDict) -> bytes:
-        if not (self._unmasked_debug and event["level"] == "debug"):
-            event = self._redactor.fields(event)
         try:
-            return orjson.dumps(event, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
-        except TypeError:
-            # Such as a lone surrogate: a line must never be lost to its content.
-            safe = {str(key): ascii(value) for key, value in event.items()}
-            return orjson.dumps(safe, option=orjson.OPT_APPEND_NEWLINE)
+            if not (self._unmasked_debug and event["level"] == "debug"):
+                event = self._redactor.fields(event)
+            return _json(event)
+        except Exception as error:
+            # Values are looked at only here, and may do anything: the line itself must not be lost to them.
+            known = {key: value for key, value in event.items() if key in OURS and isinstance(value, str)}
+            return _json({**known, "unloggable": type(error).__name__})
+
+
+def _json(event: EventDict) -> bytes:
+    try:
+        return orjson.dumps(event, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+    except TypeError:
+        # Such as a lone surrogate or an integer beyond 64 bits.
+        return json.dumps(event, default=str, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 def _stdout(lines: bytes) -> None:
@@ -231,12 +252,14 @@ class _RotatingFile:
     def write(self, lines: bytes) -> None:
         if self._file.tell() + len(lines) > FILE_BYTES:
             self._file.close()
-            for number in range(FILES - 2, 0, -1):
-                older = self._numbered(number)
-                if older.exists():
-                    older.replace(self._numbered(number + 1))
-            self._path.replace(self._numbered(1))
-            self._file = self._open()
+            try:
+                for number in range(FILES - 2, 0, -1):
+                    older = self._numbered(number)
+                    if older.exists():
+                        older.replace(self._numbered(number + 1))
+                self._path.replace(self._numbered(1))
+            finally:
+                self._file = self._open()
         self._file.write(lines)
         self._file.flush()
 

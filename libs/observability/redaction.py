@@ -15,50 +15,55 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import Status
 
 Masked = Literal["email", "phone", "body", "secret", "name"]
-Rule = Literal["secret", "name", "phone", "body", "id", "number", "plain", "text"]
+Rule = Literal["secret", "name", "phone", "body", "number", "text"]
 
 REDACTED: Final = "[redacted]"
 TEXT_LIMIT: Final = 8192
 PREVIEW: Final = 50
 """Characters of a message body that are shown where the configuration asks for it."""
 
+OURS: Final = frozenset(
+    {"timestamp", "level", "event", "component", "module", "service", "version", "trace_id", "span_id"}
+)
+"""Fields that only the program itself fills, with constants and ids of its own: never masked."""
+
 _SECRET_KEY = re.compile(
-    r"token|secret|passw|authorization|cookie|api_?key|private_key|signature|credential|(^|_)(card|cvc|cvv|pin|otp)(_|$)"
+    r"token|secret|passw|authorization|cookie|api_?key|private_key|signature|credential"
+    r"|(^|_)(pwd|jwt|card|cvc|cvv|pin|otp)(_|$)"
 )
 _NAME_KEY = re.compile(
-    r"((first|last|full|patient|doctor|display|user|caller|customer|contact)_?)?name"
-    r"|(.*_)?address|street|dob|date_of_birth|birth_?(day|date)"
+    r"name|(.*_)?((first|middle|last|full|given|family|patient|doctor|display|user|caller|customer|contact)_?name"
+    r"|address|street|dob|date_of_birth|birth_?(day|date))"
 )
-_PHONE_KEY = re.compile(r"(.*_)?(phone|phone_number|msisdn|mobile|tel)|to|from|caller|callee|to_number|from_number")
+_PHONE_KEY = re.compile(
+    r"(.*_)?(phone|phone_number|msisdn|mobile|tel)|to|from|caller|caller_id|callee|to_number|from_number"
+)
 _BODY_KEY = re.compile(r"(.*_)?(body|text|content|transcript)")
-_ID_KEY = re.compile(r"(.*_)?ids?")
-_NUMBER_KEY = re.compile(r"(.*_)?(ms|seconds|count|total|bytes|at|seq|status|port|attempts|level|rate)|timestamp")
-# Constants of ours and addresses that security events need.
-_PLAIN_KEY = re.compile(
-    r"timestamp|level|event|module|component|service|version|logger|category|client_ip|method|route"
-)
+_NUMBER_KEY = re.compile(r"(.*_)?(ids?|ms|seconds|count|total|bytes|at|seq|status|port|attempts|level|rate)|timestamp")
 
-_IS_ID = re.compile(r"[0-9a-fA-F-]{16,36}")
-
-_DECODE = re.compile(r"%2b|%40", re.IGNORECASE)
-_SUSPECT = re.compile(r"[@%\d]|bearer|eyJ|://", re.IGNORECASE)
-_OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
+_DECODE = re.compile(r"%(?:25)*(2b|40)", re.IGNORECASE)
+_SUSPECT = re.compile(r"[@\d]|bearer|eyJ|://|passw|secret|token|api_?key", re.IGNORECASE)
+_OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+_LOCAL = r"[\w.!#$%&'*+=^`{|}~-]"
 _FREE_TEXT = re.compile(
     # Credentials, wherever they are quoted.
-    r"(?P<secret>\bbearer\s+[^\s\"']+|\beyJ[\w-]+\.[\w-]+\.[\w-]*|(?<=://)[^\s:/@]*:[^\s/@]+(?=@))"
+    r"(?P<secret>\bbearer\s+[^\s\"']+|\b(?-i:eyJ)[\w-]+(?:\.[\w-]+)*|(?<=://)[^\s:/@]*:[^\s/]+(?=@)"
+    r"|\b\w*(?:passw(?:or)?d|secret|token|api_?key)[\"']?\s?[=:]\s?[\"']?[^\s\"'&,;]+)"
     # Digits that are not a phone number: UUID, moment, IPv4 address, hash or provider id.
     r"|(?P<keep>"
     r"(?<![0-9a-f])[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}(?![0-9a-f])"
     r"|(?<!\d)(?:19|20)\d\d-(?:0\d|1[0-2])-(?:[0-2]\d|3[01])(?!\d)"
     r"(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?"
     rf"|(?<![\d.+])(?:{_OCTET}\.){{3}}{_OCTET}(?![\d.])"
-    r"|(?<!\w)[a-z]{0,2}(?=\d*[a-f])[0-9a-f]{16,64}(?!\w)"
+    r"|(?<!\w)[a-z]{0,2}(?=[0-9a-f]*\d[a-f])[0-9a-f]{16,64}(?!\w)"
     r")"
-    # A possessive local part that starts at a boundary keeps the search linear.
-    r"|(?P<email>(?<![\w.%+'-])[\w.%+'-]++@[\w-]++(?:\.[\w-]++)*+)"
-    r"|(?P<phone>(?<!\d)(?:\+\s?)?\(?\d(?:[\s().\-/\u2010-\u2015]{0,3}\d){7,14}(?!\d))",
+    # Possessive, and only from a boundary: the search stays linear whatever it is given.
+    rf"|(?P<email>(?<!{_LOCAL}){_LOCAL}++@[\w-]++(?:\.[\w-]++)*+)"
+    r"|(?P<phone>(?<!\d)(?:\+\s?)?\(?\d(?:[\s().\-/\u2010-\u2015\u2212]{0,4}+\d){7,}+)",
     re.IGNORECASE,
 )
+# What may reach across a cut and still be recognised.
+_OVERLAP: Final = 512
 
 
 def scrub_text(text: str) -> str:
@@ -75,48 +80,33 @@ class Redactor:
         self._on_masked = on_masked or (lambda kind: None)
 
     def fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """All fields of a log line, a span or a nested object."""
-        return {key: self.value(key, value) for key, value in fields.items()}
+        """All fields of a log line or a span."""
+        return {key: value if key in OURS else self.value(key, value) for key, value in fields.items()}
 
     def value(self, key: str, value: Any) -> Any:
-        """One field, masked as its name and its content demand."""
+        """One field, masked as its name and its content demand, whatever is nested in it."""
         if value is None or isinstance(value, bool):
             return value
-        rule = _rule_of(key)
-        match rule:
-            case "plain":
-                return value
-            case "secret":
-                self._on_masked("secret")
-                return REDACTED
-            case "name":
-                self._on_masked("name")
-                return REDACTED
+        rule = _rule_of(key[-_KEY_LIMIT:])
+        if rule == "secret" or rule == "name":
+            self._on_masked(rule)
+            return REDACTED
         if isinstance(value, Mapping):
-            return self.fields(value)
+            return {self.text(str(name)): self.value(str(name), item) for name, item in value.items()}
         if isinstance(value, (list, tuple, set, frozenset)):
             return [self.value(key, item) for item in value]
-        if isinstance(value, (int, float)):
-            return self._number(rule, value)
-        return self._text(rule, value if isinstance(value, str) else str(value))
+        if isinstance(value, (int, float)) and not _could_be_phone(rule, value):
+            return value
+        return self._text(rule, str(value))
 
-    def text(self, text: str) -> str:
-        """Free text."""
-        cut = text[:TEXT_LIMIT]
-        if len(text) > TEXT_LIMIT:
-            cut += "…"
-        if not _SUSPECT.search(cut):
-            return cut
-        return _FREE_TEXT.sub(self._mask, _DECODE.sub(_decoded, cut))
-
-    def _number(self, rule: Rule, value: float) -> Any:
-        if rule == "phone":
-            self._on_masked("phone")
-            return _last_digits(str(value))
-        # In a field of unknown meaning a long whole number may well be somebody's.
-        if rule == "text" and isinstance(value, int) and abs(value) >= 10_000_000:
-            return self.text(str(value))
-        return value
+    def text(self, text: str, limit: int = TEXT_LIMIT) -> str:
+        """Free text. What reaches across the limit is left out, not cut in two: half of a phone number
+        would no longer be recognised as one."""
+        shown = _DECODE.sub(_decoded, text[: limit + _OVERLAP])
+        if len(shown) > limit:
+            found = _FREE_TEXT.finditer(shown)
+            shown = shown[: next((match.start() for match in found if match.end() >= limit), limit)][:limit] + "…"
+        return _FREE_TEXT.sub(self._mask, shown) if _SUSPECT.search(shown) else shown
 
     def _text(self, rule: Rule, value: str) -> str:
         if rule == "phone":
@@ -124,9 +114,7 @@ class Redactor:
             return _last_digits(value)
         if rule == "body":
             self._on_masked("body")
-            return self.text(value[:PREVIEW]) if self._preview else f"[body {len(value)} chars]"
-        if rule == "id" and _IS_ID.fullmatch(value):
-            return value
+            return self.text(value, PREVIEW) if self._preview else f"[body {len(value)} chars]"
         return self.text(value)
 
     def _mask(self, match: re.Match[str]) -> str:
@@ -137,18 +125,19 @@ class Redactor:
                 return REDACTED
             case "email":
                 self._on_masked("email")
-                return "***" + found[-4:]
+                return "***" + found.rpartition("@")[2][-4:]
             case "phone":
                 self._on_masked("phone")
                 return _last_digits(found)
         return found
 
 
+_KEY_LIMIT: Final = 64
+
+
 @lru_cache(maxsize=4096)
 def _rule_of(key: str) -> Rule:
     name = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()).strip("_")
-    if _PLAIN_KEY.fullmatch(name):
-        return "plain"
     if _SECRET_KEY.search(name):
         return "secret"
     if _NAME_KEY.fullmatch(name):
@@ -157,9 +146,12 @@ def _rule_of(key: str) -> Rule:
         return "phone"
     if _BODY_KEY.fullmatch(name):
         return "body"
-    if _ID_KEY.fullmatch(name):
-        return "id"
     return "number" if _NUMBER_KEY.fullmatch(name) else "text"
+
+
+def _could_be_phone(rule: Rule, number: float) -> bool:
+    """In a field of unknown meaning a long whole number may well be somebody's."""
+    return rule in ("phone", "body") or (rule == "text" and abs(number) >= 10_000_000 and number == number // 1)
 
 
 def _last_digits(number: str) -> str:
@@ -168,7 +160,7 @@ def _last_digits(number: str) -> str:
 
 
 def _decoded(match: re.Match[str]) -> str:
-    return "@" if match[0] == "%40" else "+"
+    return "@" if match[1] == "40" else "+"
 
 
 class RedactingSpanExporter(SpanExporter):

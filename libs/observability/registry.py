@@ -11,7 +11,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from libs.observability.catalogue import OTHER, OWN, Kind, MetricSpec
+from libs.observability.catalogue import OTHER, OWN, MetricSpec
 
 MAX_SERIES: Final = 2000
 """Per metric; whatever comes after that is counted under `other`."""
@@ -44,36 +44,39 @@ class Metrics:
         self._children: dict[tuple[str, ...], Child] = {}
         for spec in (*OWN, *catalogue):
             for values in spec.series():
-                self._child(spec.kind, (spec.name, *values))
+                self._child((spec.name, *values))
         build = Gauge("build_info", "What is running", ["service", "version", "python"], registry=self.registry)
         build.labels(service, version, platform.python_version()).set(1)
         self.gauge("process_cpu_limit_cores").set(_cpu_limit())
         self.gauge("process_memory_limit_bytes").set(_memory_limit())
 
     def counter(self, *name_and_labels: str) -> Counter:
-        child = self._children.get(name_and_labels) or self._child("counter", name_and_labels)
-        assert isinstance(child, Counter)
-        return child
+        child = self._children.get(name_and_labels) or self._child(name_and_labels)
+        if isinstance(child, Counter):
+            return child
+        raise _no("counter", name_and_labels)
 
     def gauge(self, *name_and_labels: str) -> Gauge:
-        child = self._children.get(name_and_labels) or self._child("gauge", name_and_labels)
-        assert isinstance(child, Gauge)
-        return child
+        child = self._children.get(name_and_labels) or self._child(name_and_labels)
+        if isinstance(child, Gauge):
+            return child
+        raise _no("gauge", name_and_labels)
 
     def histogram(self, *name_and_labels: str) -> Histogram:
-        child = self._children.get(name_and_labels) or self._child("histogram", name_and_labels)
-        assert isinstance(child, Histogram)
-        return child
+        child = self._children.get(name_and_labels) or self._child(name_and_labels)
+        if isinstance(child, Histogram):
+            return child
+        raise _no("histogram", name_and_labels)
 
     def sample(self, name: str, **labels: str) -> float:
         """The present value of one series by its exposed name, such as `x_seconds_count`; 0 if absent."""
         return self.registry.get_sample_value(name, labels) or 0.0
 
-    def _child(self, kind: Kind, key: tuple[str, ...]) -> Child:
+    def _child(self, key: tuple[str, ...]) -> Child:
         name, *values = key
         metric = self._metrics.get(name)
-        if metric is None or metric.spec.kind != kind:
-            raise LookupError(f"The catalogue has no {kind} {name!r}.")
+        if metric is None:
+            raise _no("metric", key)
         if len(values) != len(metric.spec.labels):
             raise LookupError(f"{name} takes {len(metric.spec.labels)} label values, not {len(values)}.")
         admitted, rejected = metric.admit(values)
@@ -112,6 +115,10 @@ class _Metric:
             known.add(value)
             return value
         return OTHER
+
+
+def _no(kind: str, key: tuple[str, ...]) -> LookupError:
+    return LookupError(f"The catalogue has no {kind} {key[0]!r}.")
 
 
 def _parent(spec: MetricSpec, names: list[str], registry: CollectorRegistry) -> Child:

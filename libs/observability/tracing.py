@@ -6,6 +6,7 @@ share of traces kept. Without a collector nothing is recorded, but ids exist and
 """
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,7 +26,9 @@ from libs.observability.context import CORRELATION_ID, TENANT_ID, fields
 from libs.observability.redaction import RedactingSpanExporter, Redactor
 
 DEFAULT_RATIO: Final = 0.1
+SHUTDOWN_SECONDS: Final = 3.0
 
+_NO_TRACER: Final = trace.NoOpTracer()
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 _forced_span_id: ContextVar[int | None] = ContextVar("forced_span_id", default=None)
 
@@ -42,11 +45,14 @@ class Tracing:
 
     def __init__(self, provider: TracerProvider) -> None:
         self.provider: Final = provider
+        self.tracer: Final = provider.get_tracer("sessiongate")
 
     def shutdown(self) -> None:
         """Exports what is left; gives up on a collector that does not answer."""
-        self.provider.force_flush(3000)
-        self.provider.shutdown()
+        # The SDK has no deadline of its own: it waits for each batch and its retries.
+        ending = threading.Thread(target=self.provider.shutdown, name="tracing shutdown", daemon=True)
+        ending.start()
+        ending.join(SHUTDOWN_SECONDS)
 
 
 _tracing: Tracing | None = None
@@ -64,9 +70,7 @@ def configure_tracing(service: str, version: str) -> Tracing:
     )
     if endpoint:
         exporter = RedactingSpanExporter(_exporter(), Redactor())
-        provider.add_span_processor(
-            BatchSpanProcessor(exporter, schedule_delay_millis=1000, export_timeout_millis=3000)
-        )
+        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1000))
     _tracing = Tracing(provider)
     return _tracing
 
@@ -169,7 +173,7 @@ def sampled_trace_id() -> str | None:
 
 
 def _tracer() -> trace.Tracer:
-    return tracer_provider().get_tracer("sessiongate")
+    return _tracing.tracer if _tracing else _NO_TRACER
 
 
 def _identified(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -69,8 +69,7 @@ GRANTS = (
     " participants, conversion_runs, outbox_deliveries, notifications, workers TO sessiongate_app",
     "GRANT DELETE ON workers, conversion_samples TO sessiongate_app",
     # What has happened is not rewritten.
-    "GRANT INSERT ON messages, conversion_attempts, conversion_samples, outbox_events, audit_log"
-    " TO sessiongate_app",
+    "GRANT INSERT ON messages, conversion_attempts, conversion_samples, outbox_events, audit_log TO sessiongate_app",
 )
 
 
@@ -82,9 +81,7 @@ def upgrade() -> None:
         sa.Column("task", sa.Text(), nullable=False),
         sa.Column("worker", sa.Text(), nullable=False),
         sa.Column("counted", sa.Boolean(), nullable=False),
-        sa.Column(
-            "started_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
+        sa.Column("started_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("due_count", sa.Integer(), nullable=False),
         sa.Column("created_count", sa.Integer(), nullable=False),
@@ -105,17 +102,13 @@ def upgrade() -> None:
         "tenants",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
-        sa.Column(
-            "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("tenants_pkey")),
     )
     op.create_table(
         "workers",
         sa.Column("name", sa.Text(), nullable=False),
-        sa.Column(
-            "started_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
+        sa.Column("started_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.Column("beat_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("workers_pkey")),
     )
@@ -139,9 +132,7 @@ def upgrade() -> None:
         sa.Column("tenant_id", sa.BigInteger(), nullable=False),
         sa.Column("due_count", sa.Integer(), nullable=False),
         sa.Column("needs_attention", sa.Integer(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["tenant_id"], ["tenants.id"], name=op.f("conversion_samples_tenant_id_fkey")
-        ),
+        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("conversion_samples_tenant_id_fkey")),
         sa.PrimaryKeyConstraint("slot", "tenant_id", name=op.f("conversion_samples_pkey")),
     )
     op.create_table(
@@ -153,12 +144,8 @@ def upgrade() -> None:
         sa.Column("schema_version", sa.Integer(), server_default=sa.text("1"), nullable=False),
         sa.Column("aggregate", sa.Text(), nullable=False),
         sa.Column("payload", postgresql.JSONB(), nullable=False),
-        sa.Column(
-            "occurred_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
-        sa.Column(
-            "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
+        sa.Column("occurred_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.Column("correlation_id", sa.Text(), nullable=True),
         sa.Column("causation_id", sa.Text(), nullable=True),
         sa.Column("trace_context", postgresql.JSONB(), server_default=sa.text("'{}'"), nullable=False),
@@ -174,12 +161,8 @@ def upgrade() -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("country", sa.Text(), nullable=False),
         sa.Column("active", sa.Boolean(), server_default=sa.text("true"), nullable=False),
-        sa.Column(
-            "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
-        sa.CheckConstraint(
-            "role IN ('patient', 'doctor', 'operator', 'service')", name=op.f("users_role_check")
-        ),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
+        sa.CheckConstraint("role IN ('patient', 'doctor', 'operator', 'service')", name=op.f("users_role_check")),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("users_tenant_id_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("users_pkey")),
         sa.UniqueConstraint("tenant_id", "id", name=op.f("users_tenant_id_id_key")),
@@ -207,22 +190,20 @@ def upgrade() -> None:
         sa.Column("patient_present_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("doctor_present_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("carrier", postgresql.JSONB(), server_default=sa.text("'{}'"), nullable=False),
-        sa.Column(
-            "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
-        sa.Column(
-            "updated_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
+        sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.CheckConstraint(
-            "status <> 'IN_PROGRESS' OR session_id IS NOT NULL",
-            name=op.f("appointments_in_progress_has_session_check"),
+            "status <> 'IN_PROGRESS' OR session_id IS NOT NULL", name=op.f("appointments_in_progress_has_session_check")
         ),
         sa.CheckConstraint(
             "status IN ('PENDING', 'CONFIRMED', 'CANCELLED', 'EXPIRED', 'RESCHEDULE_PROPOSED', 'IN_PROGRESS', 'COMPLETED', 'NO_SHOW')",
             name=op.f("appointments_status_check"),
         ),
         sa.ForeignKeyConstraint(
-            ["session_id"], ["sessions.id"], name=op.f("appointments_session_id_fkey"), use_alter=True
+            ["session_id", "id"],
+            ["sessions.id", "sessions.appointment_id"],
+            name=op.f("appointments_session_id_id_fkey"),
+            use_alter=True,
         ),
         sa.ForeignKeyConstraint(
             ["tenant_id", "doctor_id"],
@@ -234,9 +215,8 @@ def upgrade() -> None:
             ["users.tenant_id", "users.id"],
             name=op.f("appointments_tenant_id_patient_id_fkey"),
         ),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("appointments_tenant_id_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("appointments_pkey")),
-        sa.UniqueConstraint("session_id", name=op.f("appointments_session_id_key")),
+        sa.UniqueConstraint("tenant_id", "id", name=op.f("appointments_tenant_id_id_key")),
         postgresql_with={"autovacuum_vacuum_scale_factor": "0.01"},
     )
     op.create_index(op.f("appointments_doctor_id_id_idx"), "appointments", ["doctor_id", "id"], unique=False)
@@ -256,9 +236,7 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("parked_at IS NOT NULL"),
     )
-    op.create_index(
-        op.f("appointments_patient_id_id_idx"), "appointments", ["patient_id", "id"], unique=False
-    )
+    op.create_index(op.f("appointments_patient_id_id_idx"), "appointments", ["patient_id", "id"], unique=False)
     op.create_index(
         "appointments_pending_idx",
         "appointments",
@@ -266,7 +244,6 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("status = 'PENDING'"),
     )
-    op.create_index(op.f("appointments_tenant_id_id_idx"), "appointments", ["tenant_id", "id"], unique=False)
     op.create_table(
         "outbox_deliveries",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
@@ -274,9 +251,7 @@ def upgrade() -> None:
         sa.Column("consumer", sa.Text(), nullable=False),
         sa.Column("lane", sa.Text(), nullable=False),
         sa.Column("aggregate", sa.Text(), nullable=False),
-        sa.Column(
-            "available_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
+        sa.Column("available_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.Column("attempts", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("lease_until", sa.DateTime(timezone=True), nullable=True),
         sa.Column("lease_token", sa.Uuid(), nullable=True),
@@ -284,12 +259,8 @@ def upgrade() -> None:
         sa.Column("dispatched_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("dead_at", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint("lane IN ('urgent', 'normal')", name=op.f("outbox_deliveries_lane_check")),
-        sa.CheckConstraint(
-            "dispatched_at IS NULL OR dead_at IS NULL", name=op.f("outbox_deliveries_one_ending_check")
-        ),
-        sa.ForeignKeyConstraint(
-            ["event_id"], ["outbox_events.id"], name=op.f("outbox_deliveries_event_id_fkey")
-        ),
+        sa.CheckConstraint("dispatched_at IS NULL OR dead_at IS NULL", name=op.f("outbox_deliveries_one_ending_check")),
+        sa.ForeignKeyConstraint(["event_id"], ["outbox_events.id"], name=op.f("outbox_deliveries_event_id_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("outbox_deliveries_pkey")),
         sa.UniqueConstraint("event_id", "consumer", name=op.f("outbox_deliveries_event_id_consumer_key")),
         postgresql_with={"autovacuum_vacuum_scale_factor": "0.01"},
@@ -319,9 +290,7 @@ def upgrade() -> None:
         sa.Column("text_sessions_remaining", sa.Integer(), nullable=False),
         sa.Column("voice_calls_remaining", sa.Integer(), nullable=False),
         sa.Column("video_calls_remaining", sa.Integer(), nullable=False),
-        sa.Column(
-            "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.CheckConstraint("starts_at < ends_at", name=op.f("subscriptions_period_check")),
         sa.CheckConstraint(
             "text_sessions_remaining >= 0 AND voice_calls_remaining >= 0 AND video_calls_remaining >= 0",
@@ -332,7 +301,6 @@ def upgrade() -> None:
             ["users.tenant_id", "users.id"],
             name=op.f("subscriptions_tenant_id_patient_id_fkey"),
         ),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("subscriptions_tenant_id_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("subscriptions_pkey")),
     )
     op.create_index(
@@ -358,14 +326,13 @@ def upgrade() -> None:
             name="busy_intervals_no_overlap",
         ),
         sa.ForeignKeyConstraint(
-            ["appointment_id"], ["appointments.id"], name=op.f("busy_intervals_appointment_id_fkey")
+            ["tenant_id", "appointment_id"],
+            ["appointments.tenant_id", "appointments.id"],
+            name=op.f("busy_intervals_tenant_id_appointment_id_fkey"),
         ),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("busy_intervals_tenant_id_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("busy_intervals_pkey")),
     )
-    op.create_index(
-        op.f("busy_intervals_appointment_id_idx"), "busy_intervals", ["appointment_id"], unique=False
-    )
+    op.create_index(op.f("busy_intervals_appointment_id_idx"), "busy_intervals", ["appointment_id"], unique=False)
     op.create_table(
         "sessions",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
@@ -377,9 +344,7 @@ def upgrade() -> None:
         sa.Column("patient_id", sa.BigInteger(), nullable=False),
         sa.Column("doctor_id", sa.BigInteger(), nullable=False),
         sa.Column("status", sa.Text(), nullable=False),
-        sa.Column(
-            "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.Column("response_deadline", sa.DateTime(timezone=True), nullable=True),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("activated_at", sa.DateTime(timezone=True), nullable=True),
@@ -393,8 +358,7 @@ def upgrade() -> None:
             "(source = 'APPOINTMENT') = (appointment_id IS NOT NULL)", name=op.f("sessions_appointment_check")
         ),
         sa.CheckConstraint(
-            "(status IN ('waiting', 'connecting', 'active')) = (ended_at IS NULL)",
-            name=op.f("sessions_ended_check"),
+            "(status IN ('waiting', 'connecting', 'active')) = (ended_at IS NULL)", name=op.f("sessions_ended_check")
         ),
         sa.CheckConstraint("kind IN ('text', 'call')", name=op.f("sessions_kind_check")),
         sa.CheckConstraint(
@@ -407,21 +371,22 @@ def upgrade() -> None:
             name=op.f("sessions_status_check"),
         ),
         sa.ForeignKeyConstraint(
-            ["appointment_id"], ["appointments.id"], name=op.f("sessions_appointment_id_fkey")
+            ["tenant_id", "appointment_id"],
+            ["appointments.tenant_id", "appointments.id"],
+            name=op.f("sessions_tenant_id_appointment_id_fkey"),
         ),
         sa.ForeignKeyConstraint(
-            ["tenant_id", "doctor_id"],
-            ["users.tenant_id", "users.id"],
-            name=op.f("sessions_tenant_id_doctor_id_fkey"),
+            ["tenant_id", "doctor_id"], ["users.tenant_id", "users.id"], name=op.f("sessions_tenant_id_doctor_id_fkey")
         ),
         sa.ForeignKeyConstraint(
             ["tenant_id", "patient_id"],
             ["users.tenant_id", "users.id"],
             name=op.f("sessions_tenant_id_patient_id_fkey"),
         ),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("sessions_tenant_id_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("sessions_pkey")),
         sa.UniqueConstraint("appointment_id", name=op.f("sessions_appointment_id_key")),
+        sa.UniqueConstraint("id", "appointment_id", name=op.f("sessions_id_appointment_id_key")),
+        sa.UniqueConstraint("tenant_id", "id", name=op.f("sessions_tenant_id_id_key")),
     )
     op.create_index(
         "sessions_deadline_idx",
@@ -446,7 +411,6 @@ def upgrade() -> None:
         postgresql_where=sa.text("status IN ('waiting', 'connecting', 'active')"),
     )
     op.create_index(op.f("sessions_patient_id_id_idx"), "sessions", ["patient_id", "id"], unique=False)
-    op.create_index(op.f("sessions_tenant_id_id_idx"), "sessions", ["tenant_id", "id"], unique=False)
     op.create_table(
         "conversations",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
@@ -454,20 +418,24 @@ def upgrade() -> None:
         sa.Column("appointment_id", sa.BigInteger(), nullable=True),
         sa.Column("session_id", sa.BigInteger(), nullable=True),
         sa.Column("last_seq", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
-        sa.Column(
-            "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.CheckConstraint(
             "appointment_id IS NOT NULL OR session_id IS NOT NULL", name=op.f("conversations_owner_check")
         ),
         sa.ForeignKeyConstraint(
-            ["appointment_id"], ["appointments.id"], name=op.f("conversations_appointment_id_fkey")
+            ["tenant_id", "appointment_id"],
+            ["appointments.tenant_id", "appointments.id"],
+            name=op.f("conversations_tenant_id_appointment_id_fkey"),
         ),
-        sa.ForeignKeyConstraint(["session_id"], ["sessions.id"], name=op.f("conversations_session_id_fkey")),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("conversations_tenant_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["tenant_id", "session_id"],
+            ["sessions.tenant_id", "sessions.id"],
+            name=op.f("conversations_tenant_id_session_id_fkey"),
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("conversations_pkey")),
         sa.UniqueConstraint("appointment_id", name=op.f("conversations_appointment_id_key")),
         sa.UniqueConstraint("session_id", name=op.f("conversations_session_id_key")),
+        sa.UniqueConstraint("tenant_id", "id", name=op.f("conversations_tenant_id_id_key")),
     )
     op.create_table(
         "conversion_attempts",
@@ -481,42 +449,31 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text(), nullable=True),
         sa.Column("error_message", sa.Text(), nullable=True),
         sa.Column("session_id", sa.BigInteger(), nullable=True),
-        sa.Column(
-            "started_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
+        sa.Column("started_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.Column("duration_ms", sa.Float(), nullable=True),
-        sa.CheckConstraint(
-            "(result = 'created') = (reason IS NULL)", name=op.f("conversion_attempts_reason_check")
-        ),
+        sa.CheckConstraint("(result = 'created') = (reason IS NULL)", name=op.f("conversion_attempts_reason_check")),
         sa.CheckConstraint(
             "(result = 'created') = (session_id IS NOT NULL)", name=op.f("conversion_attempts_session_check")
         ),
-        sa.CheckConstraint(
-            "result IN ('created', 'skipped', 'failed')", name=op.f("conversion_attempts_result_check")
+        sa.CheckConstraint("result IN ('created', 'skipped', 'failed')", name=op.f("conversion_attempts_result_check")),
+        sa.ForeignKeyConstraint(
+            ["tenant_id", "appointment_id"],
+            ["appointments.tenant_id", "appointments.id"],
+            name=op.f("conversion_attempts_tenant_id_appointment_id_fkey"),
         ),
         sa.ForeignKeyConstraint(
-            ["appointment_id"], ["appointments.id"], name=op.f("conversion_attempts_appointment_id_fkey")
-        ),
-        sa.ForeignKeyConstraint(
-            ["session_id"], ["sessions.id"], name=op.f("conversion_attempts_session_id_fkey")
-        ),
-        sa.ForeignKeyConstraint(
-            ["tenant_id"], ["tenants.id"], name=op.f("conversion_attempts_tenant_id_fkey")
+            ["tenant_id", "session_id"],
+            ["sessions.tenant_id", "sessions.id"],
+            name=op.f("conversion_attempts_tenant_id_session_id_fkey"),
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("conversion_attempts_pkey")),
     )
     op.create_index(
-        op.f("conversion_attempts_appointment_id_id_idx"),
-        "conversion_attempts",
-        ["appointment_id", "id"],
-        unique=False,
+        op.f("conversion_attempts_appointment_id_id_idx"), "conversion_attempts", ["appointment_id", "id"], unique=False
     )
     op.create_index(op.f("conversion_attempts_run_id_idx"), "conversion_attempts", ["run_id"], unique=False)
     op.create_index(
-        op.f("conversion_attempts_started_at_result_idx"),
-        "conversion_attempts",
-        ["started_at", "result"],
-        unique=False,
+        op.f("conversion_attempts_started_at_result_idx"), "conversion_attempts", ["started_at", "result"], unique=False
     )
     op.create_table(
         "notifications",
@@ -527,24 +484,23 @@ def upgrade() -> None:
         sa.Column("appointment_id", sa.BigInteger(), nullable=True),
         sa.Column("session_id", sa.BigInteger(), nullable=True),
         sa.Column("event_id", sa.Uuid(), nullable=False),
-        sa.Column(
-            "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False
-        ),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.Column("read_at", sa.DateTime(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(
-            ["appointment_id"], ["appointments.id"], name=op.f("notifications_appointment_id_fkey")
+            ["tenant_id", "appointment_id"],
+            ["appointments.tenant_id", "appointments.id"],
+            name=op.f("notifications_tenant_id_appointment_id_fkey"),
         ),
-        sa.ForeignKeyConstraint(["session_id"], ["sessions.id"], name=op.f("notifications_session_id_fkey")),
         sa.ForeignKeyConstraint(
-            ["tenant_id", "user_id"],
-            ["users.tenant_id", "users.id"],
-            name=op.f("notifications_tenant_id_user_id_fkey"),
+            ["tenant_id", "session_id"],
+            ["sessions.tenant_id", "sessions.id"],
+            name=op.f("notifications_tenant_id_session_id_fkey"),
         ),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("notifications_tenant_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["tenant_id", "user_id"], ["users.tenant_id", "users.id"], name=op.f("notifications_tenant_id_user_id_fkey")
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("notifications_pkey")),
-        sa.UniqueConstraint(
-            "user_id", "event_id", "kind", name=op.f("notifications_user_id_event_id_kind_key")
-        ),
+        sa.UniqueConstraint("user_id", "event_id", "kind", name=op.f("notifications_user_id_event_id_kind_key")),
     )
     op.create_index(
         "notifications_session_started_key",
@@ -562,18 +518,15 @@ def upgrade() -> None:
         sa.Column("user_id", sa.BigInteger(), nullable=False),
         sa.Column("role", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(
-            ["conversation_id"], ["conversations.id"], name=op.f("participants_conversation_id_fkey")
+            ["tenant_id", "conversation_id"],
+            ["conversations.tenant_id", "conversations.id"],
+            name=op.f("participants_tenant_id_conversation_id_fkey"),
         ),
         sa.ForeignKeyConstraint(
-            ["tenant_id", "user_id"],
-            ["users.tenant_id", "users.id"],
-            name=op.f("participants_tenant_id_user_id_fkey"),
+            ["tenant_id", "user_id"], ["users.tenant_id", "users.id"], name=op.f("participants_tenant_id_user_id_fkey")
         ),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("participants_tenant_id_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("participants_pkey")),
-        sa.UniqueConstraint(
-            "conversation_id", "user_id", name=op.f("participants_conversation_id_user_id_key")
-        ),
+        sa.UniqueConstraint("conversation_id", "user_id", name=op.f("participants_conversation_id_user_id_key")),
     )
     op.create_table(
         "messages",
@@ -589,21 +542,22 @@ def upgrade() -> None:
         sa.Column("sent_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.CheckConstraint("kind IN ('text', 'image', 'voice')", name=op.f("messages_kind_check")),
         sa.CheckConstraint("seq > 0", name=op.f("messages_seq_check")),
-        sa.ForeignKeyConstraint(
-            ["conversation_id"], ["conversations.id"], name=op.f("messages_conversation_id_fkey")
-        ),
         sa.ForeignKeyConstraint(["sender_id"], ["participants.id"], name=op.f("messages_sender_id_fkey")),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("messages_tenant_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["tenant_id", "conversation_id"],
+            ["conversations.tenant_id", "conversations.id"],
+            name=op.f("messages_tenant_id_conversation_id_fkey"),
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("messages_pkey")),
         sa.UniqueConstraint(
-            "conversation_id",
-            "client_message_id",
-            name=op.f("messages_conversation_id_client_message_id_key"),
+            "conversation_id", "client_message_id", name=op.f("messages_conversation_id_client_message_id_key")
         ),
         sa.UniqueConstraint("conversation_id", "seq", name=op.f("messages_conversation_id_seq_key")),
     )
     # Appointments and sessions refer to each other.
-    op.create_foreign_key("appointments_session_id_fkey", "appointments", "sessions", ["session_id"], ["id"])
+    op.create_foreign_key(
+        "appointments_session_id_id_fkey", "appointments", "sessions", ["session_id", "id"], ["id", "appointment_id"]
+    )
     op.execute(STATUS_RULES)
     op.execute(STATUS_TRIGGER)
     op.execute(ROLE)

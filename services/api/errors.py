@@ -95,7 +95,8 @@ def validation_errors(error: RequestValidationError) -> Refused:
         unknown_field = fault["type"] == "extra_forbidden"
         where = fault["loc"][:-1] if unknown_field else fault["loc"]
         detail = "Has a field that is not known here." if unknown_field else _detail(fault)
-        errors.append({"pointer": "/" + "/".join(str(part) for part in where[1:]), "in": where[0], "detail": detail})
+        pointer = "".join(f"/{part}" for part in where[1:])
+        errors.append({"pointer": pointer, "in": where[0], "detail": detail})
     return Refused(Reason.VALIDATION_FAILED, errors=errors)
 
 

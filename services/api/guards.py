@@ -21,6 +21,7 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from libs.domain.runtime import Runtime
 from libs.domain.sessions.door import open_session
@@ -153,8 +154,8 @@ class GuardedRoute(APIRoute):
                 await _require_active(request, identity, principal)
             try:
                 return await handle(request)
-            except RequestValidationError:
-                if statement_decides:
+            except (RequestValidationError, HTTPException, Refused) as error:
+                if statement_decides and _came_before_the_statement(error):
                     await _require_active(request, identity, principal)
                 raise
 
@@ -180,6 +181,11 @@ async def _require_active(request: Request, identity: Identity, principal: Princ
         active = await connection.fetchval(_ACTIVE, principal.tenant_id, principal.user_id, principal.role.value)
     if not active:
         raise identity.refuse(request, "bad_credentials")
+
+
+def _came_before_the_statement(error: Exception) -> bool:
+    """Whether the request ended before the operation's statement could see if the caller is active."""
+    return not isinstance(error, Refused) or error.reason is Reason.SESSION_CONTEXT_INVALID
 
 
 def _opening(endpoint: Callable[..., Any]) -> Callable[..., Any]:

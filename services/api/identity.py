@@ -132,7 +132,7 @@ class Identity:
 
 def _principal(claims: dict[str, Any]) -> Principal:
     user_id, tenant_id = int(claims["sub"]), claims["tenant"]
-    if not isinstance(tenant_id, int) or not (0 < user_id <= MAX_ID and 0 < tenant_id <= MAX_ID):
+    if type(tenant_id) is not int or not (0 < user_id <= MAX_ID and 0 < tenant_id <= MAX_ID):
         raise ValueError("not an id")
     return Principal(user_id, tenant_id, Role(claims["role"]))
 

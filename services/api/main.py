@@ -115,28 +115,29 @@ async def open_app(settings: ApiSettings, flags: FlagSettings) -> AsyncIterator[
             await database.close()
 
 
+def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.api_host,
+        port=settings.api_port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=30,
+        ws_max_size=65536,
+        ws_per_message_deflate=False,
+        lifespan="off",
+    )
+
+
 async def serve(settings: ApiSettings, flags: FlagSettings) -> None:
     async with open_app(settings, flags) as app:
         # What is alive now stays alive: without this, full collections of it make the slowest requests.
         gc.collect()
         gc.freeze()
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                host=settings.api_host,
-                port=settings.api_port,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=GRACE_SECONDS,
-                timeout_keep_alive=30,
-                ws_max_size=65536,
-                ws_per_message_deflate=False,
-                lifespan="off",
-            )
-        )
-        await server.serve()
+        await uvicorn.Server(server_config(app, settings)).serve()
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Types that several rooms share: what the API accepts and what every answer looks like."""
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Final, Generic, TypeVar
 
 from fastapi import Path, Query
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
@@ -35,8 +36,12 @@ def _without_nul(text: str) -> str:
     return text
 
 
+# Pydantic also reads numbers, even in quotes, as seconds since 1970.
+_DATE_AND_TIME: Final = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}", re.ASCII)
+
+
 def _only_text(value: Any) -> Any:
-    if not isinstance(value, str):
+    if not (isinstance(value, str) and _DATE_AND_TIME.match(value)):
         raise PydanticCustomError("timestamp", "Must be an RFC 3339 timestamp with an offset.")
     return value
 

@@ -12,8 +12,8 @@ class ApiSettings(Settings):
 
     api_host: str = "127.0.0.1"
     """The address to listen on."""
-    api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    """The port to listen on."""
+    api_port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """The port to listen on; 0 lets the system choose."""
     docs_enabled: bool = True
     """Whether /docs and /openapi.json are served."""
     request_body_limit: Positive = 65536

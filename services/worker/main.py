@@ -78,10 +78,10 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
         jobs = functions(bell.handlers, metrics)
         try:
             async with (
-                serve_metrics(metrics, access, settings.worker_metrics_host, settings.worker_metrics_port),
+                serve_metrics(metrics, access, settings.worker_metrics_host, settings.worker_metrics_port) as port,
                 watch_loop(metrics),
             ):
-                _log.info("worker_started", worker=settings.worker_name)
+                _log.info("worker_started", worker=settings.worker_name, metrics_port=port)
                 await _run_until_signalled(
                     finishing=[pulse, *lanes], abandoned=[gauges.run(), listen(settings.redis_url, jobs)]
                 )

@@ -14,7 +14,7 @@ class WorkerSettings(Settings):
 
     worker_metrics_host: str = "127.0.0.1"
     """The address that serves the worker's metrics."""
-    worker_metrics_port: Annotated[int, Field(ge=1, le=65535)] = 9101
+    worker_metrics_port: Annotated[int, Field(ge=0, le=65535)] = 9101
     """The port that serves the worker's metrics."""
     worker_name: str = Field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
     """The name of this worker in logs and metrics; no two workers may share one. Default: host and process id."""

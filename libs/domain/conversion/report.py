@@ -45,8 +45,8 @@ class Reporter:
         if self._metrics is not None:
             count(self._metrics, run.task, [(o.result, o.modality, o.reason, 1) for o in outcomes])
 
-    def finished(self, run: Run) -> None:
-        _log.info(_RUN_EVENT[run.task], **run.fields())
+    def finished(self, run: Run, *, dry_run: bool = False) -> None:
+        _log.info(_RUN_EVENT[run.task], **run.fields(), dry_run=dry_run)
         if self._metrics is not None:
             duration = self._metrics.histogram("appointment_conversion_run_duration_seconds", run.task)
             duration.observe(run.runtime_ms / 1000)

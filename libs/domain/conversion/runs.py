@@ -8,7 +8,6 @@ from typing import Any, Final, Literal, cast
 from uuid import UUID, uuid4
 
 import asyncpg
-import orjson
 
 from libs.domain.conversion import statement
 from libs.domain.conversion.causes import FailureReason
@@ -198,7 +197,6 @@ class Converter:
 
 
 def _outcome(row: Any) -> Outcome:
-    carrier = row["carrier"]
     return Outcome(
         appointment_id=row["appointment_id"],
         tenant_id=row["tenant_id"],
@@ -210,5 +208,5 @@ def _outcome(row: Any) -> Outcome:
         error_message=row["error_message"],
         parked=row["parked"],
         span_id=row["span_id"],
-        carrier={} if carrier == "{}" else orjson.loads(carrier),
+        carrier=row["carrier"],
     )

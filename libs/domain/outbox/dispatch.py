@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from uuid import UUID, uuid4
 
-import orjson
-
 from libs.domain.db import Database, is_transient
 from libs.domain.outbox.events import Consumer, EventName, Lane
 from libs.domain.tables import PENDING_DELIVERY
@@ -182,8 +180,8 @@ class Dispatcher:
 
 
 def _delivery(row: Any) -> _Delivery:
-    event = Event(row["event_id"], row["tenant_id"], EventName(row["name"]), orjson.loads(row["payload"]))
-    carrier = orjson.loads(row["trace_context"])
+    event = Event(row["event_id"], row["tenant_id"], EventName(row["name"]), row["payload"])
+    carrier = row["trace_context"]
     if row["correlation_id"]:
         carrier.setdefault("correlation_id", row["correlation_id"])
     return _Delivery(row["id"], row["attempts"], event, carrier)

@@ -4,6 +4,7 @@ from fastapi import Request
 
 from libs.domain import audit, people
 from libs.domain.conversion import monitor
+from libs.domain.runtime import thresholds_of
 from libs.guardrails import Permission, Principal, Reason, Role
 from services.api.admin.schemas import ChangeUser, CreateSubscription, CreateUser, SubscriptionOut
 from services.api.guards import Tx, acting, guarded_router, runtime_of
@@ -46,5 +47,5 @@ async def get_conversions(
 ) -> dict[str, Any]:
     """How the conversion of your tenant's appointments is doing."""
     runtime = runtime_of(request)
-    report = await monitor.report(runtime.database, runtime.thresholds(), caller.tenant_id)
+    report = await monitor.report(runtime.database, thresholds_of(runtime.settings), caller.tenant_id)
     return report.fields()

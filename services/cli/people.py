@@ -1,0 +1,85 @@
+"""`sessiongate token` and `sessiongate tenants`: who may do something, and proof of it."""
+
+import asyncio
+import json
+from typing import Annotated
+
+import typer
+from rich import print as say
+from sqlalchemy import select
+
+from libs.domain import tokens
+from libs.domain.db import Database
+from libs.domain.people import create_tenant, create_user
+from libs.domain.settings import Settings, libpq_dsn
+from libs.domain.tables import users
+from libs.domain.transaction import transaction
+from libs.guardrails import Principal, Role
+from services.cli import home
+from services.cli.errors import CommandError
+from services.cli.seed import Silence
+
+tenants = typer.Typer(no_args_is_help=True, help="Tenants: whose people never see each other.")
+
+
+def token(user: Annotated[int, typer.Option("--user", min=1, help="The id of the user.")]) -> None:
+    """Print a bearer token of 12 hours for a user. For development."""
+    settings = home.settings(Settings)
+    # Alone on its line and undecorated, so that it can be used in $(…).
+    typer.echo(asyncio.run(_token(settings, user)))
+
+
+@tenants.command("create")
+def create(
+    name: Annotated[str, typer.Argument(help="What the tenant is called.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Create a tenant with its first operator, and print that operator's token."""
+    if not name.strip():
+        raise CommandError("A tenant needs a name.")
+    settings = home.settings(Settings)
+    created = asyncio.run(_create(settings, name.strip()))
+    if as_json:
+        typer.echo(json.dumps(created))
+        return
+    operator = created["operator"]
+    say(f"Tenant [bold]{created['tenant_id']}[/bold] with operator [bold]{operator['id']}[/bold], whose token is")
+    typer.echo(operator["token"])
+
+
+async def _token(settings: Settings, user_id: int) -> str:
+    database = _database(settings)
+    try:
+        async with database.begin() as connection:
+            row = (await connection.execute(select(users).where(users.c.id == user_id))).one_or_none()
+    finally:
+        await database.close()
+    if row is None:
+        raise CommandError(f"There is no user {user_id}. `GET /api/v1/doctors` and up.json name some.")
+    return issue(settings, Principal(row.id, row.tenant_id, Role(row.role)))
+
+
+async def _create(settings: Settings, name: str) -> dict[str, object]:
+    database = _database(settings)
+    try:
+        async with transaction(database, Silence()) as tx:
+            tenant_id = await create_tenant(tx, name)
+            operator = await create_user(tx, tenant_id, role=Role.OPERATOR, name=f"Operator of {name}", country="MW")
+            issued = issue(settings, Principal(operator.id, tenant_id, Role.OPERATOR))
+    finally:
+        await database.close()
+    return {"tenant_id": tenant_id, "operator": {"id": operator.id, "token": issued}}
+
+
+def issue(settings: Settings, principal: Principal) -> str:
+    """A token signed with this installation's secret. Raises `CommandError` when it has none."""
+    if settings.jwt_secret is None:
+        raise CommandError(
+            "Tokens are issued by your identity provider: this installation has a key set and no secret"
+            " (SESSIONGATE_JWT_SECRET)."
+        )
+    return tokens.issue(principal, settings.jwt_secret.get_secret_value(), issuer=settings.jwt_issuer)
+
+
+def _database(settings: Settings) -> Database:
+    return Database(libpq_dsn(settings.database_url), application="sessiongate-cli", pool_size=1)

@@ -1,0 +1,74 @@
+"""Many at once: numbers stay gapless, repetitions stay one message, and nothing follows the end."""
+
+import asyncio
+from typing import Any
+
+from tests.api.expect import found, problem
+from tests.clinic import Clinic, LiveSession
+from tests.running import Api
+
+WRITERS = 20
+
+
+async def write(api: Api, live: LiveSession, number: int, message_id: str | None = None) -> Any:
+    caller = live.doctor if number % 2 and message_id is None else live.patient
+    new = {"client_message_id": message_id or str(number), "body": "the same" if message_id else f"message {number}"}
+    return await api.as_(caller).post(f"/chat/{live.context}/messages", json=new)
+
+
+async def stored(clinic: Clinic) -> list[int]:
+    return [row["seq"] for row in await clinic.fetch("SELECT seq FROM messages ORDER BY seq")]
+
+
+async def test_twenty_writers_at_once_are_numbered_without_a_gap(api: Api, clinic: Clinic) -> None:
+    live = await clinic.session()
+    answers = await asyncio.gather(*(write(api, live, number) for number in range(WRITERS)))
+    assert sorted(found(answer, 201)["seq"] for answer in answers) == list(range(1, WRITERS + 1))
+    assert await stored(clinic) == list(range(1, WRITERS + 1))
+    assert await clinic.fetchval("SELECT last_seq FROM conversations") == WRITERS
+    session = await clinic.fetchrow("SELECT status, activated_at IS NOT NULL FROM sessions")
+    assert tuple(session) == ("active", True)
+
+
+async def test_twenty_sends_of_one_message_at_once_store_it_once(api: Api, clinic: Clinic) -> None:
+    live = await clinic.session()
+    answers = await asyncio.gather(*(write(api, live, number, "the id") for number in range(WRITERS)))
+    assert sorted(answer.status_code for answer in answers) == [200] * (WRITERS - 1) + [201]
+    assert len({str(answer.json()) for answer in answers}) == 1
+    assert await stored(clinic) == [1]
+    assert found(await write(api, live, 1), 201)["seq"] == 2
+
+
+async def test_no_message_follows_the_end(api: Api, clinic: Clinic) -> None:
+    live = await clinic.session()
+    ending = api.as_(live.doctor)
+
+    async def end_in_the_middle() -> Any:
+        # As soon as the first message is stored, so that the rest race with the end.
+        while not await clinic.fetchval("SELECT last_seq FROM conversations"):
+            await asyncio.sleep(0)
+        return found(await ending.post(f"/sessions/{live.context}/end"))
+
+    async def write_until_refused(number: int) -> list[Any]:
+        answers: list[Any] = []
+        while not answers or answers[-1].status_code == 201:
+            answers.append(await write(api, live, number * 1000 + len(answers)))
+        return answers
+
+    ended, *talks = await asyncio.gather(end_in_the_middle(), *(write_until_refused(n) for n in range(WRITERS)))
+
+    assert ended["already_ended"] is False
+    accepted = [answer.json()["seq"] for talk in talks for answer in talk[:-1]]
+    for talk in talks:
+        problem(talk[-1], 409, "SESSION_NOT_ACTIVE")
+    ended_seq = await clinic.fetchval("SELECT ended_seq FROM sessions")
+    assert sorted(accepted) == await stored(clinic) == list(range(1, ended_seq + 1))
+    assert ended_seq > 0
+
+
+async def test_of_many_who_end_a_session_at_once_one_does(api: Api, clinic: Clinic) -> None:
+    live = await clinic.session()
+    callers = [live.patient, live.doctor, clinic.operator] * 4
+    answers = await asyncio.gather(*(api.as_(who).post(f"/sessions/{live.context}/end") for who in callers))
+    assert sorted(found(answer)["already_ended"] for answer in answers) == [False, *[True] * 11]
+    assert await clinic.fetchval("SELECT count(*) FROM outbox_events WHERE name = 'session_ended'") == 1

@@ -1,0 +1,22 @@
+"""`python -m tests.benchmarks [name …]`: runs all benchmarks, or those named."""
+
+import asyncio
+import sys
+
+from tests.benchmarks import conversion, growth, latency
+from tests.benchmarks.harness import console, keep, show
+
+BENCHMARKS = {"conversion": conversion.run, "growth": growth.run, "latency": latency.run}
+
+
+async def main(names: list[str]) -> None:
+    for name in names or BENCHMARKS:
+        console.print(f"[bold]{name}[/bold]")
+        result = await BENCHMARKS[name]()
+        show(name, result)
+        keep(name, result)
+
+
+if unknown := set(sys.argv[1:]) - BENCHMARKS.keys():
+    sys.exit(f"There is no benchmark {', '.join(sorted(unknown))}. There are: {', '.join(BENCHMARKS)}.")
+asyncio.run(main(sys.argv[1:]))

@@ -1,0 +1,97 @@
+"""Worker processes for tests: started as in production, asked by their metrics and logs, killed at will."""
+
+import asyncio
+import os
+import sys
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import httpx2
+import orjson
+from prometheus_client.parser import text_string_to_metric_families
+
+PATIENCE_SECONDS: Final = 20.0
+
+
+async def until(condition: Callable[[], Awaitable[Any]], seconds: float = PATIENCE_SECONDS) -> Any:
+    """What `condition` answers once it is true. Raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        while not (answer := await condition()):
+            await asyncio.sleep(0.01)
+    return answer
+
+
+@dataclass
+class Worker:
+    """A worker process and its log file."""
+
+    process: Process
+    log: Path
+
+    def lines(self, event: str | None = None) -> list[dict[str, Any]]:
+        """What it has logged so far. A line that a kill cut off does not count."""
+        if not self.log.exists():
+            return []
+        whole = self.log.read_bytes().rpartition(b"\n")[0].splitlines()
+        return [line for line in map(orjson.loads, whole) if event in (None, line["event"])]
+
+    async def is_started(self) -> bool:
+        assert self.process.returncode is None, f"The worker ended with {self.process.returncode}."
+        return any(line["worker"].endswith(f":{self.process.pid}") for line in self.lines("worker_started"))
+
+    async def sample(self, name: str, **labels: str) -> float:
+        """One value of its metrics."""
+        port = self.lines("worker_started")[-1]["metrics_port"]
+        async with httpx2.AsyncClient() as client:
+            exposition = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+        for family in text_string_to_metric_families(exposition):
+            for sample in family.samples:
+                if sample.name == name and sample.labels == labels:
+                    return float(sample.value)
+        raise LookupError(f"There is no series {name} {labels}.")
+
+    async def stop(self) -> int:
+        """SIGTERM; answers the exit status."""
+        if self.process.returncode is None:
+            self.process.terminate()
+        return await self.process.wait()
+
+    async def kill(self) -> None:
+        """SIGKILL, as the kernel does it when memory is short."""
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+
+async def start_worker(
+    database_url: str, redis_url: str, log: Path, *, stderr: int | None = None, **settings: str
+) -> Worker:
+    """Starts a worker; `settings` are environment variables."""
+    environment = {
+        **os.environ,
+        "SESSIONGATE_DATABASE_URL": database_url,
+        "SESSIONGATE_REDIS_URL": redis_url,
+        "SESSIONGATE_WORKER_METRICS_PORT": "0",
+        "SESSIONGATE_METRICS_ALLOW": "127.0.0.0/8",
+        "SESSIONGATE_LOG_FILE": str(log),
+        **settings,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.worker", env=environment, stderr=stderr
+    )
+    return Worker(process, log)
+
+
+@asynccontextmanager
+async def running_worker(database_url: str, redis_url: str, log: Path, **settings: str) -> AsyncIterator[Worker]:
+    """A worker that has started; killed at the end if it still runs."""
+    worker = await start_worker(database_url, redis_url, log, **settings)
+    try:
+        await until(worker.is_started)
+        yield worker
+    finally:
+        await worker.kill()

@@ -1,0 +1,78 @@
+"""API servers for tests: the real application behind the real server, on a port of its own."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import httpx2
+import uvicorn
+from fastapi import FastAPI
+
+from libs.domain import tokens
+from libs.domain.runtime import Runtime
+from libs.domain.settings import FlagSettings
+from libs.guardrails import Principal
+from services.api.main import open_app, server_config
+from services.api.settings import ApiSettings
+
+SECRET: Final = "a secret of tests that is long enough to be one"
+
+
+@dataclass(frozen=True)
+class Api:
+    """A running API. `as_(principal)` is a client with that person's token, `anonymous` one without."""
+
+    url: str
+    app: FastAPI
+    anonymous: httpx2.AsyncClient
+    _clients: dict[Principal, httpx2.AsyncClient] = field(default_factory=dict)
+
+    @property
+    def runtime(self) -> Runtime:
+        runtime: Runtime = self.app.state.runtime
+        return runtime
+
+    def as_(self, principal: Principal) -> httpx2.AsyncClient:
+        if principal not in self._clients:
+            headers = {"Authorization": f"Bearer {token_of(principal)}"}
+            self._clients[principal] = httpx2.AsyncClient(base_url=f"{self.url}/api/v1", headers=headers)
+        return self._clients[principal]
+
+    async def close(self) -> None:
+        for client in (self.anonymous, *self._clients.values()):
+            await client.aclose()
+
+
+def token_of(principal: Principal) -> str:
+    return tokens.issue(principal, SECRET, issuer="sessiongate")
+
+
+@asynccontextmanager
+async def running_api(database_url: str, redis_url: str, **settings: Any) -> AsyncIterator[Api]:
+    """`settings` are fields of `ApiSettings` in lower case and flags in upper case."""
+    flags = FlagSettings(**{name: value for name, value in settings.items() if name.isupper()})
+    defaults = {
+        "database_url": database_url,
+        "redis_url": redis_url,
+        "jwt_secret": SECRET,
+        "metrics_allow": "127.0.0.0/8",
+        "api_port": 0,
+    }
+    chosen = ApiSettings(**(defaults | {name: value for name, value in settings.items() if name.islower()}))
+    async with open_app(chosen, flags) as app:
+        server = uvicorn.Server(server_config(app, chosen))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            assert not serving.done(), "The server did not start."
+            await asyncio.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        api = Api(url, app, httpx2.AsyncClient(base_url=url))
+        try:
+            yield api
+        finally:
+            await api.close()
+            server.should_exit = True
+            await serving

@@ -1,0 +1,178 @@
+"""The worker as a process: what it does by itself, and how it ends."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+import httpx2
+import pytest
+from arq import ArqRedis
+from redis.asyncio import ConnectionPool
+
+from libs.domain.conversion.report import Reporter
+from libs.domain.conversion.runs import Converter
+from libs.domain.doorbell import deserialise, encode, serialise
+from libs.domain.jobs import ConvertDue
+from tests.clinic import Clinic
+from tests.conftest import Urls
+from tests.processes import Worker, running_worker, start_worker, until
+
+NOWHERE = "unix:///nowhere/redis.sock"
+
+
+@pytest.fixture
+async def worker(urls: Urls, tmp_path: Path) -> AsyncIterator[Worker]:
+    async with running_worker(urls.app, urls.redis, tmp_path / "worker.jsonl") as running:
+        yield running
+
+
+async def sessions(clinic: Clinic) -> int:
+    return int(await clinic.fetchval("SELECT count(*) FROM sessions"))
+
+
+async def test_an_appointment_becomes_a_session_and_both_are_told(clinic: Clinic, worker: Worker) -> None:
+    await clinic.appointment(starts_in=timedelta(milliseconds=300))
+
+    async def told() -> bool:
+        return bool(await clinic.fetchval("SELECT count(*) = 2 FROM notifications WHERE kind = 'session_started'"))
+
+    await until(told)
+    assert await worker.sample("appointment_sessions_created_total", modality="text") == 1
+    assert await worker.sample("outbox_dispatch_attempts_total", event_name="session_started") == 1
+
+
+async def test_without_redis_conversion_goes_on(clinic: Clinic, urls: Urls, tmp_path: Path) -> None:
+    async with running_worker(urls.app, NOWHERE, tmp_path / "worker.jsonl") as worker:
+        await clinic.appointment(starts_in=timedelta(milliseconds=300))
+
+        await until(lambda: sessions(clinic))
+
+        late = await clinic.fetchval(
+            "SELECT s.created_at - a.starts_at FROM sessions s JOIN appointments a ON a.id = s.appointment_id"
+        )
+        assert late < timedelta(seconds=1.5)
+        assert worker.process.returncode is None
+
+        async def lost() -> bool:
+            return bool(worker.lines("doorbell_lost"))
+
+        await until(lost)
+
+
+async def test_the_doorbell_is_answered_and_measured(clinic: Clinic, urls: Urls, worker: Worker) -> None:
+    redis = ArqRedis(ConnectionPool.from_url(urls.redis), job_serializer=serialise, job_deserializer=deserialise)
+    try:
+        await redis.enqueue_job(ConvertDue.name, **encode(ConvertDue()))
+    finally:
+        await redis.aclose()
+
+    async def finished() -> bool:
+        return any(line["result"] == "ok" for line in worker.lines("job_finished"))
+
+    await until(finished)
+    assert await worker.sample("job_duration_seconds_count", task="convert_due", result="ok") == 1
+
+
+async def test_it_is_on_the_list_of_workers_until_it_stops(clinic: Clinic, worker: Worker) -> None:
+    async def listed() -> int:
+        return int(await clinic.fetchval("SELECT count(*) FROM workers"))
+
+    await until(listed)
+    assert await worker.stop() == 0
+    assert await listed() == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+async def test_it_stops_at_once_and_says_so(worker: Worker, signum: signal.Signals) -> None:
+    began = time.monotonic()
+
+    worker.process.send_signal(signum)
+
+    assert await worker.process.wait() == 0
+    assert time.monotonic() - began < 5
+    assert worker.lines("worker_stopped")
+
+
+async def test_its_metrics_say_how_the_database_is(clinic: Clinic, worker: Worker) -> None:
+    parked = await clinic.appointment()
+    await clinic.fetchval("UPDATE appointments SET parked_at = clock() WHERE id = $1", parked)
+    assert await worker.sample("db_connections_max", pool="worker") == 20
+    assert await worker.sample("outbox_dead") == 0
+    assert await worker.sample("feature_flag_enabled", flag="ENFORCE_SESSION_GATED_CHAT") == 0
+
+
+async def test_runs_at_the_command_line_are_counted_once_by_one_worker(
+    clinic: Clinic, urls: Urls, tmp_path: Path
+) -> None:
+    await clinic.appointment()
+    await clinic.appointment(modality="hologram")
+    of_the_command = Converter(clinic.database, Reporter(None).batch, worker="command line", counts=False)
+    await of_the_command.recover(lookback=None, limit=10)
+    async with (
+        running_worker(urls.app, urls.redis, tmp_path / "one.jsonl") as one,
+        running_worker(urls.app, urls.redis, tmp_path / "two.jsonl") as two,
+    ):
+
+        async def counted() -> bool:
+            return bool(await clinic.fetchval("SELECT bool_and(counted) FROM conversion_runs"))
+
+        await until(counted)
+
+        async def total(name: str, **labels: str) -> float:
+            return sum([await worker.sample(name, **labels) for worker in (one, two)])
+
+        async def seen() -> bool:
+            return await total("appointment_session_conversion_attempted_total", task="recovery") == 2
+
+        await until(seen)
+        assert await total("appointment_sessions_created_total", modality="text") == 1
+        assert await total("appointment_session_conversion_failed_total", reason="invalid_appointment_state") == 1
+
+
+async def test_metrics_need_permission_and_health_does_not(urls: Urls, tmp_path: Path) -> None:
+    async with running_worker(
+        urls.app,
+        urls.redis,
+        tmp_path / "worker.jsonl",
+        SESSIONGATE_METRICS_ALLOW="10.0.0.0/8",
+        SESSIONGATE_METRICS_BASIC_AUTH="prometheus:a good password",
+    ) as worker:
+        address = f"http://127.0.0.1:{worker.lines('worker_started')[-1]['metrics_port']}"
+        async with httpx2.AsyncClient(base_url=address) as client:
+            assert (await client.get("/metrics")).status_code == 401
+            assert (await client.get("/metrics", auth=("prometheus", "wrong"))).status_code == 401
+            assert (await client.get("/metrics", auth=("prometheus", "a good password"))).status_code == 200
+            assert (await client.get("/healthz")).json() == {"status": "ok"}
+
+
+async def test_a_used_port_is_one_sentence(urls: Urls, tmp_path: Path) -> None:
+    async with running_worker(urls.app, urls.redis, tmp_path / "one.jsonl") as one:
+        port = str(one.lines("worker_started")[-1]["metrics_port"])
+        two = await start_worker(
+            *(urls.app, urls.redis, tmp_path / "two.jsonl"),
+            stderr=asyncio.subprocess.PIPE,
+            SESSIONGATE_WORKER_METRICS_PORT=port,
+        )
+        _, errors = await two.process.communicate()
+
+    assert two.process.returncode == 1
+    sentence = errors.decode().strip()
+    assert sentence.startswith("The worker cannot start: ")
+    assert "\n" not in sentence
+
+
+async def test_a_database_that_is_not_there_yet_is_waited_for(servers: object, urls: Urls, tmp_path: Path) -> None:
+    worker = await start_worker(urls.app.replace("test_", "absent_"), urls.redis, tmp_path / "worker.jsonl")
+    try:
+
+        async def complains() -> bool:
+            return bool(worker.lines("pulse_beat_failed"))
+
+        await until(complains)
+        assert worker.process.returncode is None
+        assert await worker.stop() == 0
+    finally:
+        await worker.kill()

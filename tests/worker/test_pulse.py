@@ -1,0 +1,150 @@
+"""The pulse finds due work in PostgreSQL, in time and in the right order, whatever Redis does."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from libs.domain.conversion.report import Reporter
+from libs.domain.jobs import DispatchOutbox
+from libs.domain.runtime import compose
+from libs.domain.settings import Settings
+from libs.guardrails import Flags
+from libs.observability.testing import capture_logs
+from services.worker.pulse import LONGEST_SLEEP, Pulse
+from tests.clinic import MINUTE, Clinic
+from tests.clock import Clock
+from tests.conftest import Urls
+from tests.processes import until
+
+
+@pytest.fixture
+def pulse(clinic: Clinic, urls: Urls) -> Pulse:
+    addresses: Any = {"database_url": urls.app, "redis_url": urls.redis}
+    runtime = compose(
+        Settings(**addresses), Flags(), metrics=clinic.metrics, database=clinic.database, bell=clinic.bell
+    )
+    return Pulse(runtime, clinic.converter(), Reporter(clinic.metrics))
+
+
+@asynccontextmanager
+async def beating(pulse: Pulse) -> AsyncIterator[None]:
+    task = asyncio.create_task(pulse.run())
+    try:
+        yield
+    finally:
+        pulse.stop()
+        await task
+
+
+async def is_converted(clinic: Clinic, appointment_id: int) -> bool:
+    return bool(await clinic.fetchval("SELECT session_id FROM appointments WHERE id = $1", appointment_id))
+
+
+async def test_a_beat_converts_what_is_due_and_wakes_the_outbox(clinic: Clinic, pulse: Pulse) -> None:
+    appointment_id = await clinic.appointment()
+
+    await pulse.beat()
+
+    assert await is_converted(clinic, appointment_id)
+    assert DispatchOutbox() in clinic.bell.rung
+
+
+async def test_it_sleeps_until_the_next_due_moment_and_at_most_a_second(clinic: Clinic, pulse: Pulse) -> None:
+    assert await pulse.beat() == LONGEST_SLEEP
+
+    await clinic.appointment(starts_in=timedelta(milliseconds=400))
+    assert 0.1 < await pulse.beat() <= 0.4
+
+
+async def test_the_next_attempt_and_deadlines_are_due_moments_too(clinic: Clinic, pulse: Pulse) -> None:
+    session = await clinic.session()
+    await clinic.fetchval(
+        "UPDATE sessions SET response_deadline = clock() + interval '300 ms' WHERE id = $1", session.ref.id
+    )
+    assert 0.05 < await pulse.beat() <= 0.3
+
+    await clinic.fetchval("UPDATE sessions SET status = 'active' WHERE id = $1", session.ref.id)
+    await clinic.appointment(starts_in=timedelta(milliseconds=200), status="PENDING")
+    assert 0.05 < await pulse.beat() <= 0.2
+
+
+async def test_a_session_exists_a_moment_after_its_appointment_is_due(clinic: Clinic, pulse: Pulse) -> None:
+    async with beating(pulse):
+        appointment_id = await clinic.appointment(starts_in=timedelta(milliseconds=700))
+        await until(lambda: is_converted(clinic, appointment_id))
+
+    late = await clinic.fetchval(
+        "SELECT s.created_at - a.starts_at FROM sessions s JOIN appointments a ON a.id = s.appointment_id"
+    )
+    assert timedelta(0) <= late < timedelta(seconds=1.5)
+
+
+async def test_back_to_back_appointments_of_a_doctor_follow_each_other_at_once(
+    clinic: Clinic, pulse: Pulse, clock: Clock
+) -> None:
+    doctor = await clinic.doctor()
+    first = await clinic.session(doctor=doctor, starts_in=timedelta(0), lasts=30 * MINUTE)
+    following = await clinic.appointment(doctor, starts_in=30 * MINUTE)
+    await clock.advance(30 * MINUTE)
+
+    await pulse.beat()
+
+    row = await clinic.fetchrow("SELECT status FROM sessions WHERE id = $1", first.ref.id)
+    assert row["status"] == "expired"
+    assert await is_converted(clinic, following)
+    assert await clinic.fetchval(
+        "SELECT b.created_at - a.ended_at < interval '1 second' FROM sessions a, sessions b"
+        " WHERE a.id = $1 AND b.appointment_id = $2",
+        first.ref.id,
+        following,
+    )
+
+
+async def test_it_wakes_from_its_sleep_when_rung(clinic: Clinic, pulse: Pulse) -> None:
+    async with beating(pulse):
+        await asyncio.sleep(0)
+        before = pulse.last_beat
+        pulse.wake()
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+
+        async def beat_again() -> bool:
+            return pulse.last_beat > before
+
+        await until(beat_again)
+        assert loop.time() - asked < LONGEST_SLEEP / 2
+
+
+async def test_a_beat_that_fails_is_logged_and_the_next_one_comes(clinic: Clinic, pulse: Pulse, owner: Any) -> None:
+    appointment_id = await clinic.appointment()
+    await owner.execute("ALTER TABLE sessions RENAME TO gone")
+    with capture_logs() as logs:
+        async with beating(pulse):
+
+            async def has_failed() -> bool:
+                return bool(logs.lines("pulse_beat_failed"))
+
+            await until(has_failed)
+            await owner.execute("ALTER TABLE gone RENAME TO sessions")
+            await until(lambda: is_converted(clinic, appointment_id))
+
+
+async def test_runs_that_did_something_are_told_and_empty_ones_are_folded(clinic: Clinic, pulse: Pulse) -> None:
+    await clinic.appointment()
+    with capture_logs() as logs:
+        for _ in range(5):
+            await pulse.beat()
+        runs = logs.lines("appointment_auto_start_run")
+
+    assert [(run["due_count"], run["attempted_count"], run["created_count"]) for run in runs] == [(1, 1, 1)]
+    assert runs[0].keys() >= {"run_id", "skipped_count", "failed_count", "runtime_ms", "source"}
+
+
+async def test_the_end_of_a_run_is_told_even_when_it_found_nothing(clinic: Clinic, pulse: Pulse) -> None:
+    await pulse.beat()
+
+    assert clinic.metrics.sample("appointment_conversion_last_run_timestamp_seconds", task="auto_start") > 0
