@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,12 @@ class Worker:
 
 
 async def start_worker(
-    database_url: str, redis_url: str, log: Path, *, stderr: int | None = None, **settings: str
+    database_url: str,
+    redis_url: str,
+    log: Path,
+    settings: Mapping[str, str] | None = None,
+    *,
+    stderr: int | None = None,
 ) -> Worker:
     """Starts a worker; `settings` are environment variables."""
     environment = {
@@ -78,7 +83,7 @@ async def start_worker(
         "SESSIONGATE_WORKER_METRICS_PORT": "0",
         "SESSIONGATE_METRICS_ALLOW": "127.0.0.0/8",
         "SESSIONGATE_LOG_FILE": str(log),
-        **settings,
+        **(settings or {}),
     }
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.worker", env=environment, stderr=stderr
@@ -89,7 +94,7 @@ async def start_worker(
 @asynccontextmanager
 async def running_worker(database_url: str, redis_url: str, log: Path, **settings: str) -> AsyncIterator[Worker]:
     """A worker that has started; killed at the end if it still runs."""
-    worker = await start_worker(database_url, redis_url, log, **settings)
+    worker = await start_worker(database_url, redis_url, log, settings)
     try:
         await until(worker.is_started)
         yield worker

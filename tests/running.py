@@ -53,7 +53,7 @@ def token_of(principal: Principal) -> str:
 async def running_api(database_url: str, redis_url: str, **settings: Any) -> AsyncIterator[Api]:
     """`settings` are fields of `ApiSettings` in lower case and flags in upper case."""
     flags = FlagSettings(**{name: value for name, value in settings.items() if name.isupper()})
-    defaults = {
+    defaults: dict[str, Any] = {
         "database_url": database_url,
         "redis_url": redis_url,
         "jwt_secret": SECRET,

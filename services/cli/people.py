@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import typer
 from rich import print as say
@@ -18,6 +18,19 @@ from libs.guardrails import Principal, Role
 from services.cli import home
 from services.cli.errors import CommandError
 from services.cli.seed import Silence
+
+
+class Operator(TypedDict):
+    id: int
+    token: str
+
+
+class Created(TypedDict):
+    """What `tenants create --json` prints."""
+
+    tenant_id: int
+    operator: Operator
+
 
 tenants = typer.Typer(no_args_is_help=True, help="Tenants: whose people never see each other.")
 
@@ -59,7 +72,7 @@ async def _token(settings: Settings, user_id: int) -> str:
     return issue(settings, Principal(row.id, row.tenant_id, Role(row.role)))
 
 
-async def _create(settings: Settings, name: str) -> dict[str, object]:
+async def _create(settings: Settings, name: str) -> Created:
     database = _database(settings)
     try:
         async with transaction(database, Silence()) as tx:
@@ -68,7 +81,7 @@ async def _create(settings: Settings, name: str) -> dict[str, object]:
             issued = issue(settings, Principal(operator.id, tenant_id, Role.OPERATOR))
     finally:
         await database.close()
-    return {"tenant_id": tenant_id, "operator": {"id": operator.id, "token": issued}}
+    return Created(tenant_id=tenant_id, operator=Operator(id=operator.id, token=issued))
 
 
 def issue(settings: Settings, principal: Principal) -> str:

@@ -122,7 +122,7 @@ def forgeries(principal: Principal) -> dict[str, str]:
         "a tenant that is no id": signed(tenant=True),
         "another scheme": "Basic " + token_of(principal),
         "no scheme": token_of(principal),
-        "nothing": "Bearer ",
+        "nothing": "Bearer",
         "nonsense": "Bearer nonsense",
     }
 

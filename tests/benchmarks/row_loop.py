@@ -69,8 +69,8 @@ async def _convert(session: AsyncSession, appointment_id: int) -> None:
     appointment: Any = await session.get(Appointment, appointment_id, with_for_update={"skip_locked": True})
     if appointment is None or appointment.session_id is not None:
         return
-    patient = await session.get(User, appointment.patient_id)
-    doctor = await session.get(User, appointment.doctor_id)
+    patient = await session.get_one(User, appointment.patient_id)
+    doctor = await session.get_one(User, appointment.doctor_id)
     now = datetime.now(UTC)
     subscriptions = (
         await session.scalars(

@@ -117,7 +117,7 @@ def test_private_values_never_reach_the_file(captured: CapturedLogs, log: BoundL
     for private in (PHONE[:-4], EMAIL[:-4], "unwell", "hunter2", "Jane"):
         assert private not in raw
     assert metrics.sample("obs_log_redactions_total", kind="phone") == 3
-    assert metrics.sample("obs_log_redactions_total", kind="email") == 4
+    assert metrics.sample("obs_log_redactions_total", kind="email") == 3
     for kind in ("body", "secret", "name"):
         assert metrics.sample("obs_log_redactions_total", kind=kind) == 1
 

@@ -1,6 +1,7 @@
 """The catalogue, the registry made from it, and what a scraper reads."""
 
 import asyncio
+import platform
 import time
 from itertools import product
 
@@ -79,7 +80,7 @@ def test_no_series_tells_when_it_was_created() -> None:
 def test_the_build_and_the_limits_of_the_process_are_told() -> None:
     metrics = metrics_of()
     assert [labels for (name, labels) in exposed(metrics) if name == "build_info"] == [
-        frozenset({("service", "test"), ("version", "1.2.3"), ("python", registry.platform.python_version())})
+        frozenset({("service", "test"), ("version", "1.2.3"), ("python", platform.python_version())})
     ]
     assert metrics.sample("process_cpu_limit_cores") > 0
     assert metrics.sample("process_memory_limit_bytes") > 1_000_000
@@ -134,9 +135,9 @@ def test_a_name_a_kind_or_a_number_of_labels_that_is_not_in_the_catalogue_is_a_m
     metrics = metrics_of(CHAIRS, WAIT, OPEN)
     with pytest.raises(LookupError, match="no metric 'tables_total'"):
         metrics.counter("tables_total")
-    for wrong in (metrics.gauge, metrics.histogram):
+    for kind in (metrics.gauge, metrics.histogram):
         with pytest.raises(LookupError, match="chairs_total"):
-            wrong("chairs_total", "red", "4")
+            kind("chairs_total", "red", "4")
     for wrong in (metrics.counter, metrics.histogram):
         with pytest.raises(LookupError, match="open_doors"):
             wrong("open_doors")

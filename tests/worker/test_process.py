@@ -153,8 +153,8 @@ async def test_a_used_port_is_one_sentence(urls: Urls, tmp_path: Path) -> None:
         port = str(one.lines("worker_started")[-1]["metrics_port"])
         two = await start_worker(
             *(urls.app, urls.redis, tmp_path / "two.jsonl"),
+            {"SESSIONGATE_WORKER_METRICS_PORT": port},
             stderr=asyncio.subprocess.PIPE,
-            SESSIONGATE_WORKER_METRICS_PORT=port,
         )
         _, errors = await two.process.communicate()
 
