@@ -45,7 +45,7 @@ bench: $(VENV)/.dev ## Measure and print tables; ONLY=name for one of them
 	$(BIN)/python -m tests.benchmarks $(ONLY)
 
 storm: $(VENV)/.dev ## The long storms: kills, lost connections and broken rows under load
-	$(BIN)/pytest tests/storms --storm=full
+	$(BIN)/pytest tests/storms --storm=full -rP
 
 lock: $(VENV)/.dev ## Bring the locks up to date with requirements/*.in
 	cd requirements && for lock in run dev; do \

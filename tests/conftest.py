@@ -20,6 +20,10 @@ from tests.servers import copy_of, migrate, running_servers, url_of
 _numbers = count(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--storm", choices=("short", "full"), default="short", help="How long the storms rage.")
+
+
 @pytest.fixture(scope="session")
 async def servers() -> AsyncIterator[Servers]:
     async with running_servers(durable=False) as running:

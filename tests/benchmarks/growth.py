@@ -10,7 +10,7 @@ import asyncpg
 from services.cli.embedded import DATABASE
 from tests.benchmarks.conversion import measure_product
 from tests.benchmarks.harness import Result, interleaved
-from tests.benchmarks.population import age, populate, settle
+from tests.population import age, populate, settle
 from tests.servers import copy_of, migrate, running_servers, url_of
 
 APPOINTMENTS: Final = 5_000

@@ -9,7 +9,7 @@ import asyncpg
 
 from services.cli.embedded import DATABASE, LOGIN, Servers
 from tests.benchmarks.harness import ROUNDS, Result, console
-from tests.benchmarks.population import populate, settle
+from tests.population import populate, settle
 from tests.processes import PATIENCE_SECONDS, running_worker, until
 from tests.servers import copy_of, migrate, running_servers, url_of
 

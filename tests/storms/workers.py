@@ -1,0 +1,40 @@
+"""Worker processes by the dozen: forked from a process that has done all the imports, so that a storm can
+kill several of them a second and still have some that work."""
+
+import multiprocessing
+import os
+from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from libs.domain.conversion import statement
+from services.worker import main
+
+_processes = multiprocessing.get_context("forkserver")
+# pytest is what these processes take for their main module.
+_processes.set_forkserver_preload(["services.worker.main", "pytest"])
+
+
+def start(settings: Mapping[str, str], log: Path, *, reckless: bool = False) -> BaseProcess:
+    """A worker as `python -m services.worker` would be; a reckless one without its locks."""
+    process = _processes.Process(target=_work, args=(dict(settings), log, reckless), daemon=True)
+    process.start()
+    return process
+
+
+def has_started(log: Path) -> bool:
+    return log.exists() and b'"worker_started"' in log.read_bytes()
+
+
+def _work(settings: Mapping[str, str], log: Path, reckless: bool) -> None:
+    os.environ.update(settings, SESSIONGATE_LOG_FILE=str(log))
+    if reckless:
+        statement.LOCK_KEY = os.getpid()  # type: ignore[misc]
+        statement.CONVERT_DUE = _without_lock(statement.CONVERT_DUE)  # type: ignore[misc]
+    main.main()
+
+
+def _without_lock(sql: str) -> str:
+    lock = "FOR UPDATE SKIP LOCKED"
+    assert lock in sql
+    return sql.replace(lock, "")
