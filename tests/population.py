@@ -43,13 +43,16 @@ _POPULATE = """
     SELECT count(*) FROM appointment
 """
 
-# History: other appointments, long over, that a table collects in its life. $1 how many.
+# What a table collects in its life: four in five are long over, one is confirmed for later. $1 how many.
 _AGE = """
     INSERT INTO appointments (tenant_id, patient_id, doctor_id, modality, status, starts_at, ends_at)
-    SELECT tenant_id, patient_id, doctor_id, 'text', (ARRAY['COMPLETED', 'CANCELLED', 'NO_SHOW', 'EXPIRED'])[1 + n % 4],
-           clock() - make_interval(mins => n), clock() - make_interval(mins => n - 30)
+    SELECT tenant_id, patient_id, doctor_id, 'text', status, starts_at, starts_at + interval '30 minutes'
     FROM (SELECT tenant_id, patient_id, doctor_id, row_number() OVER (ORDER BY id) - 1 AS number FROM appointments) a
     JOIN generate_series(100, 99 + $1::int) n ON a.number = n % (SELECT count(*) FROM appointments)
+    CROSS JOIN LATERAL (
+        SELECT (ARRAY['COMPLETED', 'CANCELLED', 'NO_SHOW', 'EXPIRED', 'CONFIRMED'])[1 + n % 5] AS status,
+               clock() + make_interval(mins => CASE WHEN n % 5 = 4 THEN n ELSE -n END) AS starts_at
+    ) AS slot
 """
 
 
@@ -59,7 +62,7 @@ async def populate(connection: "asyncpg.Connection[Any]", number: int, first_due
 
 
 async def age(connection: "asyncpg.Connection[Any]", number: int) -> None:
-    """Adds so many appointments of the past, of the people there are."""
+    """Adds so many appointments that are not due, of the people there are."""
     await connection.execute(_AGE, number)
 
 

@@ -91,18 +91,22 @@ class Redactor:
         if rule == "secret" or rule == "name":
             self._on_masked(rule)
             return REDACTED
+        if isinstance(value, str):  # first, because most are
+            return self._text(rule, value)
+        if isinstance(value, (int, float)):
+            return self._text(rule, str(value)) if _could_be_phone(rule, value) else value
         if isinstance(value, Mapping):
             return {self.text(str(name)): self.value(str(name), item) for name, item in value.items()}
         if isinstance(value, (list, tuple, set, frozenset)):
             return [self.value(key, item) for item in value]
-        if isinstance(value, (int, float)) and not _could_be_phone(rule, value):
-            return value
         return self._text(rule, str(value))
 
     def text(self, text: str, limit: int = TEXT_LIMIT) -> str:
         """Free text. What reaches across the limit is left out, not cut in two: half of a phone number
         would no longer be recognised as one."""
-        shown = _DECODE.sub(_decoded, text[: limit + _OVERLAP])
+        shown = text[: limit + _OVERLAP]
+        if "%" in shown:
+            shown = _DECODE.sub(_decoded, shown)
         if len(shown) > limit:
             found = _FREE_TEXT.finditer(shown)
             shown = shown[: next((match.start() for match in found if match.end() >= limit), limit)][:limit] + "…"

@@ -149,7 +149,6 @@ def upgrade() -> None:
         sa.Column("correlation_id", sa.Text(), nullable=True),
         sa.Column("causation_id", sa.Text(), nullable=True),
         sa.Column("trace_context", postgresql.JSONB(), server_default=sa.text("'{}'"), nullable=False),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("outbox_events_tenant_id_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("outbox_events_pkey")),
         sa.UniqueConstraint("event_id", name=op.f("outbox_events_event_id_key")),
     )
@@ -223,7 +222,7 @@ def upgrade() -> None:
     op.create_index(
         "appointments_due_idx",
         "appointments",
-        [sa.literal_column("greatest(starts_at, next_attempt_at)")],
+        [sa.literal_column("greatest(starts_at, next_attempt_at)"), "id"],
         unique=False,
         postgresql_where=sa.text(
             "status = 'CONFIRMED' AND session_id IS NULL AND kind = 'consultation' AND parked_at IS NULL"
@@ -264,6 +263,13 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("outbox_deliveries_pkey")),
         sa.UniqueConstraint("event_id", "consumer", name=op.f("outbox_deliveries_event_id_consumer_key")),
         postgresql_with={"autovacuum_vacuum_scale_factor": "0.01"},
+    )
+    op.create_index(
+        "outbox_deliveries_dead_idx",
+        "outbox_deliveries",
+        ["dead_at"],
+        unique=False,
+        postgresql_where=sa.text("dead_at IS NOT NULL"),
     )
     op.create_index(
         "outbox_deliveries_order_idx",
@@ -456,22 +462,11 @@ def upgrade() -> None:
             "(result = 'created') = (session_id IS NOT NULL)", name=op.f("conversion_attempts_session_check")
         ),
         sa.CheckConstraint("result IN ('created', 'skipped', 'failed')", name=op.f("conversion_attempts_result_check")),
-        sa.ForeignKeyConstraint(
-            ["tenant_id", "appointment_id"],
-            ["appointments.tenant_id", "appointments.id"],
-            name=op.f("conversion_attempts_tenant_id_appointment_id_fkey"),
-        ),
-        sa.ForeignKeyConstraint(
-            ["tenant_id", "session_id"],
-            ["sessions.tenant_id", "sessions.id"],
-            name=op.f("conversion_attempts_tenant_id_session_id_fkey"),
-        ),
         sa.PrimaryKeyConstraint("id", name=op.f("conversion_attempts_pkey")),
     )
     op.create_index(
         op.f("conversion_attempts_appointment_id_id_idx"), "conversion_attempts", ["appointment_id", "id"], unique=False
     )
-    op.create_index(op.f("conversion_attempts_run_id_idx"), "conversion_attempts", ["run_id"], unique=False)
     op.create_index(
         op.f("conversion_attempts_started_at_result_idx"), "conversion_attempts", ["started_at", "result"], unique=False
     )
@@ -512,10 +507,9 @@ def upgrade() -> None:
     op.create_index(op.f("notifications_user_id_id_idx"), "notifications", ["user_id", "id"], unique=False)
     op.create_table(
         "participants",
-        sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
-        sa.Column("tenant_id", sa.BigInteger(), nullable=False),
-        sa.Column("conversation_id", sa.BigInteger(), nullable=False),
+        sa.Column("conversation_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("user_id", sa.BigInteger(), nullable=False),
+        sa.Column("tenant_id", sa.BigInteger(), nullable=False),
         sa.Column("role", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(
             ["tenant_id", "conversation_id"],
@@ -525,8 +519,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(
             ["tenant_id", "user_id"], ["users.tenant_id", "users.id"], name=op.f("participants_tenant_id_user_id_fkey")
         ),
-        sa.PrimaryKeyConstraint("id", name=op.f("participants_pkey")),
-        sa.UniqueConstraint("conversation_id", "user_id", name=op.f("participants_conversation_id_user_id_key")),
+        sa.PrimaryKeyConstraint("conversation_id", "user_id", name=op.f("participants_pkey")),
     )
     op.create_table(
         "messages",
@@ -542,7 +535,11 @@ def upgrade() -> None:
         sa.Column("sent_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
         sa.CheckConstraint("kind IN ('text', 'image', 'voice')", name=op.f("messages_kind_check")),
         sa.CheckConstraint("seq > 0", name=op.f("messages_seq_check")),
-        sa.ForeignKeyConstraint(["sender_id"], ["participants.id"], name=op.f("messages_sender_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["conversation_id", "sender_id"],
+            ["participants.conversation_id", "participants.user_id"],
+            name=op.f("messages_conversation_id_sender_id_fkey"),
+        ),
         sa.ForeignKeyConstraint(
             ["tenant_id", "conversation_id"],
             ["conversations.tenant_id", "conversations.id"],

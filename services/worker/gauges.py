@@ -34,10 +34,10 @@ _COUNT_RUNS: Final = """
     WITH run AS (
         UPDATE conversion_runs SET counted = true
         WHERE NOT counted AND (finished_at IS NOT NULL OR started_at < clock() - interval '5 minutes')
-        RETURNING run_id, task
+        RETURNING run_id, task, started_at
     )
     SELECT run.task, a.result, a.modality, a.reason, count(*)::int AS number
-    FROM run JOIN conversion_attempts a USING (run_id)
+    FROM run JOIN conversion_attempts a ON a.run_id = run.run_id AND a.started_at >= run.started_at
     GROUP BY 1, 2, 3, 4
 """
 

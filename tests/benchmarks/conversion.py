@@ -18,8 +18,8 @@ from libs.domain.runtime import telemetry
 from libs.domain.settings import Settings
 from services.cli.embedded import DATABASE, LOGIN, Servers
 from tests.benchmarks.harness import Result, interleaved
-from tests.population import populate, settle
 from tests.benchmarks.row_loop import convert_row_by_row
+from tests.population import populate, settle
 from tests.servers import copy_of, migrate, running_servers, url_of
 
 APPOINTMENTS: Final = 20_000

@@ -208,9 +208,9 @@ def _facts(row: Any) -> Facts:
 
 
 _PAGE: Final = """
-    SELECT m.id, m.seq, m.client_message_id, p.user_id AS sender_id, p.role AS sender_role, m.kind, m.body,
+    SELECT m.id, m.seq, m.client_message_id, m.sender_id, p.role AS sender_role, m.kind, m.body,
            m.media_url, m.sent_at
-    FROM messages m JOIN participants p ON p.id = m.sender_id
+    FROM messages m JOIN participants p ON p.conversation_id = m.conversation_id AND p.user_id = m.sender_id
     WHERE m.conversation_id = :conversation_id {bound}
     ORDER BY m.seq {order} LIMIT :limit
 """

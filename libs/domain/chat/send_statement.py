@@ -46,7 +46,7 @@ _SEND: Final = """
 
 SEND_BY_SESSION: Final = _SEND.format(
     target=f"""
-        SELECT {SESSION_COLUMNS}, s.response_deadline, p.id AS participant_id
+        SELECT {SESSION_COLUMNS}, s.response_deadline, p.user_id AS participant_id
         FROM sessions s
         JOIN conversations c ON c.session_id = s.id
         LEFT JOIN participants p ON p.conversation_id = c.id AND p.user_id = $3
@@ -81,7 +81,7 @@ JOIN_BY_APPOINTMENT: Final = """
 
 SEND_BY_APPOINTMENT: Final = _SEND.format(
     target="""
-        SELECT c.id AS conversation_id, p.id AS participant_id
+        SELECT c.id AS conversation_id, p.user_id AS participant_id
         FROM conversations c JOIN participants p ON p.conversation_id = c.id AND p.user_id = $3
         WHERE c.appointment_id = $1
     """,

@@ -25,10 +25,10 @@ class Reporter:
         self._metrics = metrics
 
     def batch(self, run: Run, outcomes: list[Outcome], began_ns: int) -> None:
-        run_id = str(run.run_id)
+        log = _log.bind(source=SOURCE, job_run_id=str(run.run_id))
         for outcome in outcomes:
-            log = _log.info if outcome.result != "failed" else _log.warning
-            log(
+            tell = log.info if outcome.result != "failed" else log.warning
+            tell(
                 "appointment_session_conversion",
                 appointment_id=outcome.appointment_id,
                 tenant_id=outcome.tenant_id,
@@ -38,8 +38,6 @@ class Reporter:
                 failure_reason=outcome.reason,
                 error_message=outcome.error_message,
                 modality=outcome.modality,
-                source=SOURCE,
-                job_run_id=run_id,
             )
         self._trace(outcomes, began_ns)
         if self._metrics is not None:

@@ -1,10 +1,11 @@
 """Running conversions: batches under one advisory lock, culprits isolated, every batch reported."""
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, NamedTuple, cast
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -20,8 +21,7 @@ Result = Literal["created", "skipped", "failed"]
 SOURCE: Final = "APPOINTMENT"
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one appointment.
 
     `carrier` is that of whoever confirmed it; `span_id` is set when its trace is kept, and is the id
@@ -77,7 +77,8 @@ class Run:
 
 
 OnBatch = Callable[[Run, list[Outcome], int], None]
-"""Told of every committed batch, with the Unix time in ns at which it began; see `Reporter.batch`."""
+"""Told of every committed batch, with the Unix time in ns at which it began; see `Reporter.batch`. Called
+in a thread, one batch after the other, each while the database has the next one."""
 
 
 class ConverterBusy(Exception):
@@ -123,18 +124,23 @@ class Converter:
     async def _run(self, run: Run, limit: int | None, wait: bool, sql: str, lookback: timedelta | None) -> Run:
         started = time.perf_counter()
         seen: list[int] = []
-        while True:
-            size = self._batch_limit if limit is None else min(self._batch_limit, limit - run.attempted_count)
-            if size == 0:
-                break
-            parameters: list[Any] = [size] if run.task == "auto_start" else [size, lookback, seen]
-            began_ns = time.time_ns()
-            outcomes = await self._batch(run, sql, parameters, wait, started)
-            seen += [outcome.appointment_id for outcome in outcomes]
-            if outcomes:
-                self._on_batch(run, outcomes, began_ns)
-            if len(outcomes) < size:
-                break
+        reporting = asyncio.create_task(asyncio.sleep(0))
+        try:
+            while True:
+                size = self._batch_limit if limit is None else min(self._batch_limit, limit - run.attempted_count)
+                if size == 0:
+                    break
+                parameters: list[Any] = [size] if run.task == "auto_start" else [size, lookback, seen]
+                began_ns = time.time_ns()
+                outcomes = await self._batch(run, sql, parameters, wait, started)
+                seen += [outcome.appointment_id for outcome in outcomes]
+                if outcomes:
+                    await reporting
+                    reporting = asyncio.create_task(asyncio.to_thread(self._on_batch, run, outcomes, began_ns))
+                if len(outcomes) < size:
+                    break
+        finally:
+            await reporting
         run.runtime_ms = (time.perf_counter() - started) * 1000
         if run.attempted_count:
             async with self._database.autocommit() as connection:
