@@ -112,17 +112,17 @@ class Settings(DatabaseSettings):
     conversion_batch_limit: Positive = 1000
     """How many due appointments one conversion run takes at most."""
     backlog_warning: Positive = 10
-    """Unconverted due appointments from which on the monitor warns."""
+    """Unconverted due appointments above which the monitor warns."""
     backlog_critical: Positive = 50
-    """Unconverted due appointments from which on the monitor is critical."""
+    """Unconverted due appointments above which the monitor is critical."""
     backlog_window_seconds: Positive = 300
     """How long the backlog must last before the monitor speaks, in seconds."""
     error_rate_warning: Rate = 0.02
-    """Share of failed conversions from which on the monitor warns."""
+    """Share of failed conversions above which the monitor warns."""
     error_rate_warning_window_seconds: Positive = 600
     """The time over which that share is taken, in seconds."""
     error_rate_critical: Rate = 0.10
-    """Share of failed conversions from which on the monitor is critical."""
+    """Share of failed conversions above which the monitor is critical."""
     error_rate_critical_window_seconds: Positive = 300
     """The time over which that share is taken, in seconds."""
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -68,9 +69,11 @@ def recover_sessions(
             if execute:
                 run = await converter.recover(lookback=reach, limit=limit)
             else:
+                began = time.perf_counter()
                 outcomes += await converter.foresee(lookback=reach, limit=limit)
                 run = Run("recovery", len(outcomes))
                 run.add(outcomes)
+                run.runtime_ms = (time.perf_counter() - began) * 1000
             reporter.finished(run, dry_run=not execute)
             return run, outcomes
 
