@@ -65,7 +65,7 @@ async def telemetry(settings: Settings, service: str) -> AsyncIterator[Metrics]:
             metrics,
         )
         stack.callback(logging.close)
-        tracing = configure_tracing(service, VERSION)
+        tracing = configure_tracing(service, VERSION, metrics)
         stack.callback(tracing.shutdown)
         yield metrics
 

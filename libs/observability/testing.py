@@ -84,7 +84,7 @@ class OtlpReceiver:
                 return ExportTraceServiceResponse()
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
         self._grpc = grpc.server(futures.ThreadPoolExecutor(2))
         add_TraceServiceServicer_to_server(Servicer(), self._grpc)  # type: ignore[no-untyped-call]
         self.http_endpoint = f"http://127.0.0.1:{self._http.server_port}"

@@ -7,7 +7,7 @@ share of traces kept. Without a collector nothing is recorded, but ids exist and
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
@@ -15,8 +15,8 @@ from typing import Any, Final
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
@@ -24,9 +24,11 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from libs.observability.context import CORRELATION_ID, TENANT_ID, fields
 from libs.observability.redaction import RedactingSpanExporter, Redactor
+from libs.observability.registry import Metrics
 
 DEFAULT_RATIO: Final = 0.1
 SHUTDOWN_SECONDS: Final = 3.0
+QUEUE_SPANS: Final = 2048
 
 _NO_TRACER: Final = trace.NoOpTracer()
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
@@ -58,7 +60,51 @@ class Tracing:
 _tracing: Tracing | None = None
 
 
-def configure_tracing(service: str, version: str) -> Tracing:
+class _BoundedQueue(BatchSpanProcessor):
+    """The SDK's queue of ended spans, but one that tells what it loses, and loses the newest."""
+
+    def __init__(self, exporter: SpanExporter, on_lost: Callable[[], None]) -> None:
+        super().__init__(_Taking(exporter, self), QUEUE_SPANS, schedule_delay_millis=1000)
+        self._on_lost = on_lost
+        self._lock = threading.Lock()
+        self._waiting = 0
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if span.context is None or not span.context.trace_flags.sampled:
+            return
+        with self._lock:
+            full = self._waiting >= QUEUE_SPANS
+            self._waiting += not full
+        if full:
+            self._on_lost()
+        else:
+            super().on_end(span)
+
+    def taken(self, number: int) -> None:
+        """The exporter has so many of them now, and they no longer wait."""
+        with self._lock:
+            self._waiting -= number
+
+
+class _Taking(SpanExporter):
+    """An exporter that says what it takes from the queue."""
+
+    def __init__(self, exporter: SpanExporter, queue: _BoundedQueue) -> None:
+        self._exporter = exporter
+        self._queue = queue
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self._queue.taken(len(spans))
+        return self._exporter.export(spans)
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        return self._exporter.force_flush(timeout_millis)
+
+
+def configure_tracing(service: str, version: str, metrics: Metrics) -> Tracing:
     """Called once at the start of a process, never at import: exporters do not survive a fork."""
     global _tracing
     endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -69,8 +115,8 @@ def configure_tracing(service: str, version: str) -> Tracing:
         shutdown_on_exit=False,
     )
     if endpoint:
-        exporter = RedactingSpanExporter(_exporter(), Redactor())
-        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1000))
+        lost = metrics.counter("obs_spans_dropped_total", "queue_full")
+        provider.add_span_processor(_BoundedQueue(RedactingSpanExporter(_exporter(), Redactor()), on_lost=lost.inc))
     _tracing = Tracing(provider)
     return _tracing
 
@@ -145,15 +191,17 @@ def record_span(
 
     Under `parent` (a carrier; None for a root) it does nothing unless that trace is kept. `span_id`
     gives the span the id, in 16 hex digits, under which a row refers to it. `failed` describes a failure.
+    The correlation id is that of the parent, else of a link.
     """
     if parent is not None and not is_sampled(parent):
         return
     context = Context() if parent is None else _context_of(parent)
+    carriers = links if parent is None else [parent, *links]
+    correlation_id = next((carrier[CORRELATION_ID] for carrier in carriers if CORRELATION_ID in carrier), None)
+    identified = _without_none({CORRELATION_ID: correlation_id, **attributes})
     token = _forced_span_id.set(int(span_id, 16) if span_id else None)
     try:
-        recorded = _tracer().start_span(
-            name, context, attributes=_without_none(attributes), links=_links(links), start_time=start_ns
-        )
+        recorded = _tracer().start_span(name, context, attributes=identified, links=_links(links), start_time=start_ns)
     finally:
         _forced_span_id.reset(token)
     if failed is not None:

@@ -1,13 +1,14 @@
 """Every refusal and every fault leaves as the same problem document (RFC 9457)."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import asyncpg
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
@@ -60,21 +61,23 @@ OVERLOAD_RETRY_AFTER: Final = 1
 MEDIA_TYPE: Final = "application/problem+json"
 
 
-def problem(refused: Refused, path: str) -> JSONResponse:
-    """The problem document of a refusal; it holds facts of ours and never the client's own input."""
+def problem(refused: Refused, request: Request, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The problem document of a refusal; it holds facts of ours and never the client's own input.
+    `headers` win over those that belong to the reason."""
     reason, facts = refused.reason, dict(refused.facts)
     status = refused.status or STATUS[reason.kind]
-    headers = {}
+    own = {}
     if "retry_after" in facts:
-        headers["Retry-After"] = str(facts["retry_after"])
+        own["Retry-After"] = str(facts["retry_after"])
     if reason is Reason.UNAUTHENTICATED:
-        headers["WWW-Authenticate"] = "Bearer"
+        own["WWW-Authenticate"] = "Bearer"
     body: dict[str, Any] = {
         "type": f"/problems/{reason.code}",
         "title": reason.title,
         "status": status,
         "detail": refused.detail or reason.help,
-        "instance": path,
+        # As it was asked for: still percent-encoded, and whatever the Host header says.
+        "instance": request.scope["raw_path"].decode("latin-1"),
         "code": reason.code,
         "correlation_id": correlation_id(),
         **facts,
@@ -82,7 +85,7 @@ def problem(refused: Refused, path: str) -> JSONResponse:
     if reason.next_action:
         method, address = reason.next_action
         body["next_action"] = {"method": method, "href": address.format_map(facts)}
-    return JSONResponse(body, status, headers, media_type=MEDIA_TYPE)
+    return JSONResponse(body, status, own | dict(headers or {}), media_type=MEDIA_TYPE)
 
 
 def validation_errors(error: RequestValidationError) -> Refused:
@@ -115,11 +118,11 @@ def _detail(fault: Any) -> str:
 def install(app: FastAPI, metrics: Metrics) -> None:
     """Registers the handlers; whatever is raised below ends in one of them."""
 
-    def answer(request: Request, refused: Refused) -> JSONResponse:
+    def answer(request: Request, refused: Refused, headers: Mapping[str, str] | None = None) -> JSONResponse:
         kind = refused.reason.kind
         if error_type := _ERROR_TYPE.get(kind):
             metrics.counter("errors_total", "infra", error_type).inc()
-        return problem(refused, request.url.path)
+        return problem(refused, request, headers)
 
     async def on_refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, Refused)
@@ -134,9 +137,10 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         if error.status_code == 400:
             return answer(request, unreadable_json())
         reason = _BY_STATUS.get(error.status_code, Reason.INTERNAL_ERROR)
-        response = answer(request, Refused(reason, status=error.status_code))
-        response.headers.update(error.headers or {})
-        return response
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = _allowed(app, request.scope["endpoint"])
+        return answer(request, Refused(reason, status=error.status_code), headers)
 
     async def on_database(request: Request, error: Exception) -> JSONResponse:
         cause = getattr(error, "orig", None)
@@ -163,6 +167,13 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     ):
         app.add_exception_handler(unavailable, on_database)
     app.add_middleware(FaultBarrier, answer=on_fault)
+
+
+def _allowed(app: FastAPI, endpoint: Any) -> str:
+    """All methods of an address; the framework names those of the first of its routes alone."""
+    routes = list(iter_route_contexts(app.routes))
+    path = next(route.path for route in routes if route.endpoint is endpoint)
+    return ", ".join(sorted(method for route in routes if route.path == path for method in route.methods or ()))
 
 
 class FaultBarrier:

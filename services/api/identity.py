@@ -1,7 +1,6 @@
 """From a bearer token to a principal."""
 
 import asyncio
-import json
 import time
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -23,6 +22,7 @@ REQUIRED_CLAIMS: Final = ["exp", "iat", "sub", "aud", "iss", "tenant", "role"]
 LEEWAY_SECONDS: Final = 60
 JWKS_ALGORITHMS: Final = ["RS256", "ES256"]
 JWKS_REFRESH_SECONDS: Final = 60
+JWKS_LIFETIME_SECONDS: Final = 600
 JWKS_TIMEOUT_SECONDS: Final = 5.0
 
 
@@ -51,7 +51,8 @@ class JsonWebKeySet:
     """RS256 and ES256 keys from a file or an https address, found by an allow-listed `kid`.
 
     An unknown `kid` reloads the set, at most once a minute, so that rotated keys are picked up and a
-    stranger cannot make this process fetch at will.
+    stranger cannot make this process fetch at will. Known keys are looked up again after ten minutes,
+    so that withdrawn ones are dropped; they stay while the set cannot be read.
     """
 
     algorithms: Final = JWKS_ALGORITHMS
@@ -61,31 +62,40 @@ class JsonWebKeySet:
         self._allowed = allowed_kids
         self._keys: dict[str, jwt.PyJWK] = {}
         self._loaded_at = float("-inf")
+        self._loading = asyncio.Lock()
 
     async def load(self) -> None:
-        """Reads the key set. Raises ValueError or an I/O error when there is none to be had."""
-        self._loaded_at = time.monotonic()
-        if self._location.startswith(("https://", "http://")):
-            async with httpx2.AsyncClient(timeout=JWKS_TIMEOUT_SECONDS) as client:
-                response = await client.get(self._location)
-                response.raise_for_status()
-                document = response.json()
-        else:
-            document = json.loads(await asyncio.to_thread(Path(self._location).read_text))
-        keys = jwt.PyJWKSet.from_dict(document).keys
-        self._keys = {key.key_id: key for key in keys if key.key_id and self._is_allowed(key.key_id)}
-        if not self._keys:
-            raise ValueError("The key set holds no key with an allowed kid.")
+        """Reads the key set. Raises ValueError when there is none to be had, and keeps the one it has."""
+        async with self._loading:
+            self._loaded_at = time.monotonic()
+            try:
+                keys = jwt.PyJWKSet.from_json(await self._read()).keys
+            except Exception as error:
+                raise ValueError(f"SESSIONGATE_JWT_JWKS: no key set can be read ({type(error).__name__})") from error
+            allowed = {key.key_id: key for key in keys if key.key_id and self._is_allowed(key.key_id)}
+            if not allowed:
+                raise ValueError("SESSIONGATE_JWT_JWKS: the key set holds no key with an allowed kid")
+            self._keys = allowed
+
+    async def _read(self) -> str:
+        if not self._location.startswith(("https://", "http://")):
+            return await asyncio.to_thread(Path(self._location).read_text)
+        async with httpx2.AsyncClient(timeout=JWKS_TIMEOUT_SECONDS) as client:
+            response = await client.get(self._location)
+            return response.raise_for_status().text
 
     async def key_for(self, token: str) -> jwt.PyJWK:
         kid = jwt.get_unverified_header(token).get("kid")
         if not isinstance(kid, str) or not self._is_allowed(kid):
             raise jwt.InvalidKeyError("no allowed kid")
-        if kid not in self._keys and time.monotonic() - self._loaded_at > JWKS_REFRESH_SECONDS:
+        if time.monotonic() - self._loaded_at > (JWKS_LIFETIME_SECONDS if kid in self._keys else JWKS_REFRESH_SECONDS):
             try:
                 await self.load()
-            except (httpx2.HTTPError, OSError, ValueError, jwt.PyJWTError):
+            except ValueError:
                 _log.warning("jwks_reload_failed", exc_info=True)
+        elif kid not in self._keys:
+            async with self._loading:
+                pass  # Another request may be loading it at this moment.
         if kid not in self._keys:
             raise jwt.InvalidKeyError("unknown kid")
         return self._keys[kid]
@@ -145,5 +155,5 @@ async def identity_of(settings: Settings, metrics: Metrics) -> Identity:
         await keys.load()
         return Identity(keys, settings.jwt_issuer, metrics)
     if settings.jwt_secret is None:
-        raise ValueError("Set SESSIONGATE_JWT_SECRET, or SESSIONGATE_JWT_JWKS to a key set.")
+        raise ValueError("set SESSIONGATE_JWT_SECRET, or SESSIONGATE_JWT_JWKS to a key set")
     return Identity(SharedSecret(settings.jwt_secret.get_secret_value()), settings.jwt_issuer, metrics)

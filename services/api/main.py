@@ -1,6 +1,7 @@
 """The API's composition root: settings in, a running server out. Nothing below reads a global."""
 
 import gc
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from services.api.chat.routes import router as chat
 from services.api.identity import Identity, identity_of
 from services.api.middleware import BoundedBody, SecurityHeaders
 from services.api.notifications.routes import router as notifications
+from services.api.openapi import DocumentedApi
 from services.api.people.routes import router as people
 from services.api.sessions.routes import router as sessions
 from services.api.settings import ApiSettings
@@ -45,7 +47,7 @@ def create_app(
     runtime: Runtime, settings: ApiSettings, *, identity: Identity, doorbell: Doorbell, access: MetricsAccess
 ) -> FastAPI:
     """The application around an open runtime."""
-    app = FastAPI(
+    app = DocumentedApi(
         title="Sessiongate",
         version=VERSION,
         description=_DESCRIPTION,
@@ -137,6 +139,10 @@ async def serve(settings: ApiSettings, flags: FlagSettings) -> None:
         # What is alive now stays alive: without this, full collections of it make the slowest requests.
         gc.collect()
         gc.freeze()
+        # Once stopped, the server raises the signal that stopped it again: that must not end the process
+        # before traces and logs are flushed and the pools are closed.
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
         await uvicorn.Server(server_config(app, settings)).serve()
 
 

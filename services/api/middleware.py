@@ -49,13 +49,14 @@ class BoundedBody:
 
 
 class SecurityHeaders:
-    """Headers that hold for every answer: nothing is cached, sniffed or framed."""
+    """Headers that hold for every answer: nothing is cached, sniffed, framed or, once seen on TLS, sent in clear."""
 
     HEADERS: Final = (
         (b"cache-control", b"no-store"),
         (b"x-content-type-options", b"nosniff"),
         (b"content-security-policy", b"frame-ancestors 'none'"),
         (b"referrer-policy", b"no-referrer"),
+        (b"strict-transport-security", b"max-age=31536000"),
     )
 
     def __init__(self, app: ASGIApp) -> None:

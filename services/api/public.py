@@ -7,14 +7,15 @@ import html
 from typing import Final
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from sqlalchemy.exc import SQLAlchemyError
 
 from libs.domain.db import is_transient
 from libs.guardrails import Reason, Refused
 from libs.observability.exposition import MetricsAccess, render
-from services.api.errors import STATUS
+from services.api.errors import STATUS, problem
 from services.api.guards import runtime_of
+from services.api.schemas import documented
 
 PUBLIC: Final = frozenset(
     {"/healthz", "/readyz", "/metrics", "/problems/{code}", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
@@ -37,7 +38,7 @@ async def get_health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses={503: {"description": "The database does not answer."}})
 async def get_readiness(request: Request) -> JSONResponse:
     """503 only without the database; without Redis or a worker it is `degraded` and still 200."""
     runtime = runtime_of(request)
@@ -57,14 +58,19 @@ async def get_readiness(request: Request) -> JSONResponse:
     return JSONResponse({"status": status, "checks": checks}, 503 if status == "failed" else 200)
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses=documented((401, Reason.UNAUTHENTICATED), (403, Reason.ROLE_NOT_ALLOWED)),
+)
 async def get_metrics(request: Request) -> Response:
     """Prometheus metrics, to an allow-listed peer or with basic auth."""
     access: MetricsAccess = request.app.state.metrics_access
     peer = request.client.host if request.client else None
     match access.verdict(request.headers.get("authorization"), peer):
         case "unauthenticated":
-            return Response(status_code=401, headers={"WWW-Authenticate": 'Basic realm="metrics"'})
+            refused = Refused(Reason.UNAUTHENTICATED, "The metrics ask for a user and a password of their own.")
+            return problem(refused, request, {"WWW-Authenticate": 'Basic realm="metrics"'})
         case "forbidden":
             raise Refused(Reason.ROLE_NOT_ALLOWED)
     runtime = runtime_of(request)
@@ -73,7 +79,7 @@ async def get_metrics(request: Request) -> Response:
     return Response(body, media_type=content_type)
 
 
-@router.get("/problems/{code}", response_class=HTMLResponse)
+@router.get("/problems/{code}", response_class=HTMLResponse, responses=documented((404, Reason.NOT_FOUND)))
 async def get_problem(code: str) -> HTMLResponse:
     """What a refusal means and what to do about it, for a person."""
     reason = Reason.__members__.get(code)

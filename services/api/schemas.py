@@ -29,10 +29,14 @@ class Out(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
 
-def _without_nul(text: str) -> str:
-    # PostgreSQL cannot store it. Lone surrogates are refused by the type itself.
+def _storable(text: str) -> str:
+    # Python's strings and JSON's escapes know both; PostgreSQL knows neither.
     if "\x00" in text:
         raise PydanticCustomError("nul", "Must not contain the NUL character.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("surrogate", "Must not contain half of a surrogate pair.") from None
     return text
 
 
@@ -53,7 +57,7 @@ def _in_utc(moment: datetime) -> datetime:
         raise PydanticCustomError("timestamp", "Must be a moment between the years 1 and 9999 in UTC.") from None
 
 
-SafeStr = Annotated[str, AfterValidator(_without_nul)]
+SafeStr = Annotated[str, AfterValidator(_storable)]
 Id = Annotated[int, Field(strict=True, ge=1, le=MAX_ID)]
 Count = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
 Timestamp = Annotated[AwareDatetime, BeforeValidator(_only_text), AfterValidator(_in_utc)]
@@ -110,6 +114,7 @@ class Problem(BaseModel):
 _ALWAYS = (
     Reason.UNAUTHENTICATED,
     Reason.ROLE_NOT_ALLOWED,
+    Reason.REQUEST_TIMEOUT,
     Reason.PAYLOAD_TOO_LARGE,
     Reason.VALIDATION_FAILED,
     Reason.OVERLOADED,
@@ -117,10 +122,17 @@ _ALWAYS = (
 
 
 def refusals(*reasons: Reason) -> dict[int | str, dict[str, Any]]:
-    """The documented refusals of a route, besides those that every route has."""
+    """The documented refusals of a guarded route, besides those that every one has."""
+    # What cannot even be read as JSON has a status of its own.
+    unreadable = (400, Reason.VALIDATION_FAILED)
+    return documented(unreadable, *((STATUS[reason.kind], reason) for reason in (*_ALWAYS, *reasons)))
+
+
+def documented(*refusals: tuple[int, Reason]) -> dict[int | str, dict[str, Any]]:
+    """The documentation of these refusals and no others."""
     by_status: dict[int, list[Reason]] = {}
-    for reason in (*_ALWAYS, *reasons):
-        by_status.setdefault(STATUS[reason.kind], []).append(reason)
+    for status, reason in refusals:
+        by_status.setdefault(status, []).append(reason)
     return {
         status: {
             "model": Problem,

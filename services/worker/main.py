@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
@@ -30,6 +30,7 @@ from services.worker.settings import WorkerSettings
 _log: Final = logger("worker")
 
 GRACE_SECONDS: Final = 15.0
+CANCEL_AGAIN_SECONDS: Final = 0.5
 
 
 class LocalBell:
@@ -82,7 +83,7 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
                 watch_loop(metrics),
             ):
                 _log.info("worker_started", worker=settings.worker_name, metrics_port=port)
-                await _run_until_signalled(
+                await run_until_signalled(
                     finishing=[pulse, *lanes], abandoned=[gauges.run(), listen(settings.redis_url, jobs)]
                 )
                 with suppress(Exception):
@@ -100,7 +101,7 @@ class Finishing(Protocol):
     def stop(self) -> None: ...
 
 
-async def _run_until_signalled(finishing: Sequence[Finishing], abandoned: Sequence[Coroutine[Any, Any, None]]) -> None:
+async def run_until_signalled(finishing: Sequence[Finishing], abandoned: Sequence[Coroutine[Any, Any, None]]) -> None:
     """Runs all loops until SIGTERM or SIGINT. Then the first kind may finish what it has begun, within
     the grace period; the second kind is cancelled. A loop that ends by itself is a fault and raised."""
     signalled = asyncio.Event()
@@ -122,10 +123,17 @@ async def _run_until_signalled(finishing: Sequence[Finishing], abandoned: Sequen
             task.cancel()
         await asyncio.wait(finishers, timeout=GRACE_SECONDS)
     finally:
-        waiting.cancel()
-        for task in tasks:
+        await _end([waiting, *tasks])
+
+
+async def _end(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancels until all have ended: a client that is just connecting may lose a cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_SECONDS)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from libs.domain.runtime import Runtime
 from libs.domain.sessions import expiry
 from libs.domain.tables import DUE
 from libs.domain.telemetry import logger
-from libs.observability.tracing import span
 
 _log: Final = logger("conversion")
 
@@ -94,11 +93,10 @@ class Pulse:
             await expiry.expire_pending(tx)
 
     async def _convert(self) -> Run:
-        with span("appointments.auto_start", root=True):
-            try:
-                run = await self._converter.auto_start()
-            except ConverterBusy:
-                return Run("auto_start")
+        try:
+            run = await self._converter.auto_start()
+        except ConverterBusy:
+            return Run("auto_start")
         if run.created_count:
             self._runtime.bell.ring(DispatchOutbox())
         return run

@@ -19,6 +19,7 @@ from libs.observability.context import (
     new_correlation_id,
     note,
 )
+from libs.observability.registry import Metrics
 from libs.observability.tracing import configure_tracing, span
 
 ID = "550e8400-e29b-41d4-a716-446655440000"
@@ -105,7 +106,7 @@ def test_a_carrier_with_nothing_in_it_leaves_what_is_bound() -> None:
 def test_a_carrier_names_the_present_span_in_the_standard_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("libs.observability.tracing._tracing", None)
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
-    configure_tracing("test", "0")
+    configure_tracing("test", "0", Metrics((), version="0", service="test"))
     with span("work") as current:
         context = current.get_span_context()
         flags = int(context.trace_flags)

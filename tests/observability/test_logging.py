@@ -79,11 +79,11 @@ def test_fields_of_a_line_win_over_those_that_are_bound(captured: CapturedLogs, 
 
 
 def test_a_line_written_within_a_span_names_it(
-    captured: CapturedLogs, log: BoundLogger, monkeypatch: pytest.MonkeyPatch
+    captured: CapturedLogs, log: BoundLogger, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("libs.observability.tracing._tracing", None)
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
-    configure_tracing("test", "0")
+    configure_tracing("test", "0", metrics)
     with span("work") as current:
         log.info("inside")
     log.info("outside")

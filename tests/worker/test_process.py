@@ -1,6 +1,7 @@
 """The worker as a process: what it does by itself, and how it ends."""
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from libs.domain.conversion.report import Reporter
 from libs.domain.conversion.runs import Converter
 from libs.domain.doorbell import deserialise, encode, serialise
 from libs.domain.jobs import ConvertDue
+from services.worker.main import run_until_signalled
 from tests.clinic import Clinic
 from tests.conftest import Urls
 from tests.processes import Worker, running_worker, start_worker, until
@@ -176,3 +178,37 @@ async def test_a_database_that_is_not_there_yet_is_waited_for(servers: object, u
         assert await worker.stop() == 0
     finally:
         await worker.kill()
+
+
+class Obedient:
+    """A loop that ends when told."""
+
+    def __init__(self) -> None:
+        self._stopped = asyncio.Event()
+
+    async def run(self) -> None:
+        await self._stopped.wait()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+async def test_a_loop_that_loses_cancellations_does_not_keep_the_worker_from_ending() -> None:
+    lost = 0
+
+    async def stubborn() -> None:
+        nonlocal lost
+        while lost < 2:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                lost += 1
+        await asyncio.sleep(60)
+
+    loop = asyncio.get_running_loop()
+    loop.call_later(0.05, os.kill, os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(5):
+        await run_until_signalled(finishing=[Obedient()], abandoned=[stubborn()])
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(signum)
+    assert lost == 2

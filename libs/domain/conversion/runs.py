@@ -14,11 +14,14 @@ from libs.domain.conversion import statement
 from libs.domain.conversion.causes import FailureReason
 from libs.domain.db import Database, is_transient
 from libs.observability.redaction import scrub_text
+from libs.observability.tracing import span
 
 Task = Literal["auto_start", "recovery"]
 Result = Literal["created", "skipped", "failed"]
 
 SOURCE: Final = "APPOINTMENT"
+
+_SPANS: Final[dict[Task, str]] = {"auto_start": "appointments.auto_start", "recovery": "appointments.recover"}
 
 
 class Outcome(NamedTuple):
@@ -122,6 +125,10 @@ class Converter:
         return [_outcome(row) for row in rows]
 
     async def _run(self, run: Run, limit: int | None, wait: bool, sql: str, lookback: timedelta | None) -> Run:
+        with span(_SPANS[run.task], root=True):
+            return await self._run_batches(run, limit, wait, sql, lookback)
+
+    async def _run_batches(self, run: Run, limit: int | None, wait: bool, sql: str, lookback: timedelta | None) -> Run:
         started = time.perf_counter()
         seen: list[int] = []
         reporting = asyncio.create_task(asyncio.sleep(0))

@@ -1,0 +1,158 @@
+"""A good request for every operation of the API, for tests that spoil one part of it."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+import asyncpg
+from httpx2 import Response
+
+from libs.domain.tables import metadata
+from libs.guardrails import Principal
+from services.api.public import PUBLIC
+from tests.api.expect import DAY, ahead, problem
+from tests.clinic import Clinic
+from tests.running import Api, token_of
+
+Owner: TypeAlias = "asyncpg.Connection[Any]"
+
+CANARY: Final = "canary-5e1f"
+"""Part of whatever is sent and must not come back."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request that is good in all its parts, so that a test can make one of them bad."""
+
+    method: str
+    template: str
+    described: dict[str, Any]
+    caller: Principal
+    values: dict[str, str]
+    body: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, **values: str) -> str:
+        return self.template.format_map(self.values | values)
+
+    @property
+    def takes_body(self) -> bool:
+        return "requestBody" in self.described
+
+    @property
+    def needs_body(self) -> bool:
+        return bool(self.described.get("requestBody", {}).get("required"))
+
+    def parameters(self, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for parameter in self.described.get("parameters", ()):
+            if parameter["in"] == where:
+                yield parameter["name"], parameter["schema"]
+
+    async def send(self, api: Api, path: str | None = None, **request: Any) -> Response:
+        if not request and self.takes_body:
+            request = {"json": self.body}
+        token = {"Authorization": f"Bearer {token_of(self.caller)}"}
+        headers = token | request.pop("headers", {})
+        return await api.anonymous.request(self.method, path or self.path(), headers=headers, **request)
+
+    async def refused(self, api: Api, path: str | None = None, **request: Any) -> dict[str, Any]:
+        """The problem that answers a bad request: documented, complete, and without anything that was sent."""
+        response = await self.send(api, path, **request)
+        said = f"{self.method} {path or self.template} {str(request)[:200]}: {response.status_code} {response.text}"
+        assert 400 <= response.status_code < 500, said
+        assert str(response.status_code) in self.described["responses"], said
+        body = problem(response, response.status_code, response.json()["code"])
+        repeated = str(body | {"instance": ""})
+        assert CANARY not in repeated, said
+        assert "9" * 9 not in repeated, said
+        return body
+
+
+async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
+    """A good request for every operation of the schema, each with an appointment or a session of its own."""
+    patient, doctor = await clinic.patient(), await clinic.doctor()
+    new_time = await ahead(clinic, 9 * DAY)
+    days = iter(range(1, 100))
+
+    async def appointment(status: str) -> dict[str, str]:
+        appointment_id = await clinic.appointment(doctor, patient, status=status, starts_in=next(days) * DAY)
+        if status == "RESCHEDULE_PROPOSED":
+            await clinic.fetch(
+                "UPDATE appointments SET proposed_starts_at = starts_at + interval '1 hour' WHERE id = $1",
+                appointment_id,
+            )
+        return {"appointment_id": str(appointment_id)}
+
+    shown, chatting, ending = [await clinic.session() for _ in range(3)]
+    subscription = {
+        "patient_id": patient.user_id,
+        "plan": "basic",
+        "starts_at": await ahead(clinic, DAY),
+        "ends_at": await ahead(clinic, 2 * DAY),
+        "text_sessions_remaining": 1,
+        "voice_calls_remaining": 1,
+        "video_calls_remaining": 1,
+    }
+    booking = {
+        "doctor_id": doctor.user_id,
+        "patient_id": patient.user_id,
+        "modality": "text",
+        "starts_at": await ahead(clinic, 200 * DAY),
+        "duration_minutes": 30,
+        "reason": "a cough",
+    }
+    message = {"client_message_id": "1", "body": "Hello", "kind": "text", "media_url": "https://example.org/1"}
+    user = {"role": "doctor", "name": "Grace", "country": "MW", "active": True}
+    operator = clinic.operator
+    good: dict[str, tuple[Principal, dict[str, str], dict[str, Any]]] = {
+        "get_me": (patient, {}, {}),
+        "list_doctors": (patient, {}, {}),
+        "book_appointment": (patient, {}, booking),
+        "list_appointments": (patient, {}, {}),
+        "get_appointment": (patient, await appointment("PENDING"), {}),
+        "confirm_appointment": (doctor, await appointment("PENDING"), {}),
+        "cancel_appointment": (patient, await appointment("CONFIRMED"), {"reason": "well again"}),
+        "propose_new_time": (doctor, await appointment("CONFIRMED"), {"starts_at": new_time}),
+        "accept_new_time": (patient, await appointment("RESCHEDULE_PROPOSED"), {}),
+        "reject_new_time": (patient, await appointment("RESCHEDULE_PROPOSED"), {}),
+        "report_presence": (patient, await appointment("CONFIRMED"), {}),
+        "poll_session": (patient, await appointment("CONFIRMED"), {}),
+        "list_sessions": (patient, {}, {}),
+        "get_session": (shown.patient, {"context": shown.context}, {}),
+        "end_session": (ending.patient, {"context": ending.context}, {"reason": "all is said"}),
+        "send_message": (chatting.patient, {"context": chatting.context}, message),
+        "get_messages": (chatting.patient, {"context": chatting.context}, {}),
+        "list_notifications": (patient, {}, {}),
+        "create_user": (operator, {}, user),
+        "change_user": (operator, {"user_id": str((await clinic.doctor()).user_id)}, {"active": False}),
+        "create_subscription": (operator, {}, subscription),
+        "get_conversions": (operator, {}, {}),
+    }
+    described = {
+        operation["operationId"]: (method.upper(), template, operation)
+        for template, methods in api.app.openapi()["paths"].items()
+        for method, operation in methods.items()
+        if template not in PUBLIC
+    }
+    assert good.keys() == described.keys(), "Each operation needs a good request here."
+    return [Call(*described[name], *request) for name, request in good.items()]
+
+
+async def rows(owner: Owner) -> dict[str, Any]:
+    """A fingerprint of all rows of every table."""
+    whole = "SELECT md5(string_agg(t::text, '/' ORDER BY t::text)) FROM {} t"
+    return {name: await owner.fetchval(whole.format(name)) for name in metadata.tables}
+
+
+@asynccontextmanager
+async def harmless(api: Api, clinic: Clinic, owner: Owner) -> AsyncIterator[list[Call]]:
+    """Good requests to spoil. Whatever is sent must leave no trace, and the good ones are accepted afterwards:
+    what was spoiled was the only thing wrong."""
+    calls = await calls_of(api, clinic)
+    before = await rows(owner)
+    yield calls
+    assert await rows(owner) == before
+    for call in calls:
+        response = await call.send(api)
+        assert 200 <= response.status_code < 300, f"{call.method} {call.path()}: {response.text}"
+    assert await rows(owner) != before

@@ -1,0 +1,421 @@
+"""Names that clients, operators, dashboards and alerts rely on, written out: whoever renames one meets them here."""
+
+import ast
+import re
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from libs.domain.catalogue import CATALOGUE
+from libs.domain.conversion.report import Reporter
+from libs.domain.outbox.append import append
+from libs.domain.outbox.dispatch import Dispatcher, Event
+from libs.domain.outbox.events import Consumer, EventName, Lane
+from libs.domain.settings import FlagSettings
+from libs.domain.transaction import transaction
+from libs.guardrails import OPERATIONS, Flag, Reason
+from libs.observability.catalogue import OWN
+from services.api.errors import STATUS
+from tests.architecture.test_rules import sources
+from tests.clinic import Clinic
+from tests.conftest import MakeApi
+from tests.processes import until
+from tests.running import Api
+
+REFUSALS = {
+    "UNAUTHENTICATED": 401,
+    "SESSION_CONTEXT_INVALID": 400,
+    "SESSION_NOT_FOUND": 404,
+    "APPOINTMENT_NOT_FOUND": 404,
+    "MESSAGE_NOT_FOUND": 404,
+    "ROLE_NOT_ALLOWED": 403,
+    "SESSION_CONTEXT_REQUIRED": 400,
+    "SESSION_NOT_READY": 403,
+    "SESSION_BILLING_REQUIRED": 400,
+    "SESSION_NOT_ACTIVE": 409,
+    "SESSION_NOT_CONNECTED": 409,
+    "SESSION_CONFLICT": 409,
+    "NO_SESSIONS_REMAINING": 402,
+    "SLOT_TAKEN": 409,
+    "INVALID_TRANSITION": 409,
+    "IDEMPOTENCY_CONFLICT": 409,
+    "VALIDATION_FAILED": 422,
+    "NOT_FOUND": 404,
+    "METHOD_NOT_ALLOWED": 405,
+    "REQUEST_TIMEOUT": 408,
+    "PAYLOAD_TOO_LARGE": 413,
+    "RATE_LIMITED": 429,
+    "OVERLOADED": 503,
+    "INTERNAL_ERROR": 500,
+}
+NEXT_ACTIONS = {
+    "SESSION_CONTEXT_REQUIRED": ("GET", "/api/v1/appointments/{appointment_id}/session"),
+    "SESSION_NOT_READY": ("GET", "/api/v1/appointments/{appointment_id}/session"),
+    "SESSION_BILLING_REQUIRED": ("POST", "/api/v1/sessions/{session_context}/end"),
+}
+FLAGS = {
+    "ENFORCE_SESSION_GATED_CHAT",
+    "ENFORCE_SESSION_GATED_BILLING",
+    "DISABLE_LEGACY_APPOINTMENT_TRIGGERS",
+    "ALLOW_LEGACY_APPOINTMENT_CHAT",
+}
+EVENTS = (
+    "appointment_confirmed appointment_cancelled appointment_expired reschedule_proposed reschedule_accepted"
+    " reschedule_rejected session_started session_ended"
+)
+MODULES = "telephony conversation scheduling catalog compliance billing reporting infra"
+OPEN = None
+"""A label whose values are not listed beforehand."""
+
+METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
+    "http_request_duration_seconds": (
+        "histogram",
+        {"route": OPEN, "method": "GET POST PUT PATCH DELETE HEAD OPTIONS OTHER", "status": OPEN},
+    ),
+    "http_requests_in_flight": ("gauge", {}),
+    "errors_total": (
+        "counter",
+        {"module": MODULES, "type": "authentication authorization validation system timeout"},
+    ),
+    "auth_failures_total": ("counter", {"reason": "bad_credentials expired invalid_token forbidden rate_limited"}),
+    "guard_verdicts_total": (
+        "counter",
+        {
+            "operation": "send_message get_messages view_session complete_session",
+            "verdict": "allowed warned refused",
+            "reason": "none UNAUTHENTICATED SESSION_CONTEXT_INVALID SESSION_NOT_FOUND APPOINTMENT_NOT_FOUND"
+            " ROLE_NOT_ALLOWED SESSION_CONTEXT_REQUIRED SESSION_BILLING_REQUIRED SESSION_NOT_READY SESSION_NOT_ACTIVE",
+        },
+    ),
+    "legacy_identifier_total": ("counter", {}),
+    "chat_requests_total": ("counter", {"operation": "send_message get_messages"}),
+    "chat_blocked_session_context_required_total": ("counter", {"operation": "send_message get_messages"}),
+    "billing_blocked_session_context_required_total": (
+        "counter",
+        {"endpoint": "end_session process_payment process_deduction"},
+    ),
+    "feature_flag_enabled": ("gauge", {"flag": " ".join(FLAGS)}),
+    "scheduling_book_duration_seconds": ("histogram", {}),
+    "booking_post_own_duration_seconds": ("histogram", {}),
+    "scheduling_book_conflict_total": ("counter", {}),
+    "chat_messages_total": ("counter", {"direction": "sent received broadcast"}),
+    "chat_message_retries_total": ("counter", {}),
+    "chat_message_processing_duration_seconds": ("histogram", {"direction": "sent received broadcast"}),
+    "appointments_due_count": ("gauge", {}),
+    "appointments_needs_attention": ("gauge", {}),
+    "appointment_session_conversion_attempted_total": ("counter", {"task": "auto_start recovery legacy"}),
+    "appointment_sessions_created_total": ("counter", {"modality": "text voice video"}),
+    "appointment_session_conversion_failed_total": (
+        "counter",
+        {
+            "reason": "invalid_appointment_state missing_doctor_or_patient createSession_validation_failed"
+            " createSession_conflict_existing_session db_update_failed unknown_error"
+        },
+    ),
+    "appointment_session_conversion_skipped_total": ("counter", {}),
+    "appointment_session_notification_failed_total": ("counter", {}),
+    "appointment_conversion_run_duration_seconds": ("histogram", {"task": "auto_start recovery"}),
+    "appointment_conversion_last_run_timestamp_seconds": ("gauge", {"task": "auto_start recovery"}),
+    "outbox_dispatch_attempts_total": ("counter", {"event_name": EVENTS}),
+    "outbox_dispatch_failures_total": ("counter", {"event_name": EVENTS}),
+    "outbox_dispatch_lag_seconds": ("gauge", {}),
+    "outbox_dead": ("gauge", {}),
+    "worker_queue_depth": ("gauge", {"queue": "outbox arq"}),
+    "db_connections_in_use": ("gauge", {"pool": "api worker"}),
+    "db_connections_max": ("gauge", {"pool": "api worker"}),
+    "job_duration_seconds": ("histogram", {"task": "convert_due dispatch_outbox", "result": "ok error retry timeout"}),
+    "doorbell_failures_total": ("counter", {}),
+    "asyncio_tasks": ("gauge", {}),
+    "asyncio_loop_lag_seconds": ("histogram", {}),
+    "process_cpu_limit_cores": ("gauge", {}),
+    "process_memory_limit_bytes": ("gauge", {}),
+    "obs_label_values_rejected_total": ("counter", {"metric": OPEN}),
+    "obs_log_redactions_total": ("counter", {"kind": "email phone body secret name"}),
+    "obs_log_lines_dropped_total": ("counter", {"level": "routine urgent"}),
+    "obs_spans_dropped_total": ("counter", {"reason": "queue_full"}),
+}
+ALIASES = {
+    "http_request_duration_seconds": "http_request_duration_ms",
+    "scheduling_book_duration_seconds": "scheduling_book_duration_ms",
+    "booking_post_own_duration_seconds": "booking_post_p95_ms",
+}
+
+EVERY_LINE = "timestamp level event module component service version"
+OF_A_RUN = "run_id due_count attempted_count created_count skipped_count failed_count runtime_ms source"
+OF_A_VERDICT = "appointment_id session_id user_id operation enforced correlation_id tenant_id"
+LOG_EVENTS = {
+    "http_request": "method route status latency_ms correlation_id",
+    "slow_operation": "category route latency_ms",
+    "auth_failed": "category reason client_ip correlation_id",
+    "guard_blocked": f"message {OF_A_VERDICT}",
+    "guard_allowed_with_warning": f"message {OF_A_VERDICT}",
+    "guard_refused": f"error_code {OF_A_VERDICT}",
+    "chat_message_stored": "category session_id user_id operation message_id correlation_id tenant_id",
+    "session_state_changed": "session_id status",
+    "appointment_auto_start_run": OF_A_RUN,
+    "appointment_recovery_run": OF_A_RUN,
+    "appointment_session_conversion": "appointment_id result session_id failure_reason error_message modality source"
+    " job_run_id tenant_id correlation_id",
+    "outbox_dispatched": "event_name outbox_id attempts event_id consumer tenant_id",
+    "outbox_failed": "event_name outbox_id attempts consumer error_message exception_type dead",
+    "outbox_lane_failed": "exception_type",
+    "job_finished": "task result duration_ms",
+    "worker_started": "worker metrics_port",
+    "worker_stopped": "worker",
+    "pulse_beat_failed": "exception_type",
+    "gauges_failed": "exception_type",
+    "doorbell_lost": "exception_type",
+    "database_unavailable": "exception_type",
+    "jwks_reload_failed": "exception_type",
+    "unhandled_error": "error_code",
+    "library_log": "message logger",
+}
+PHRASES = {
+    "SessionContextGuard: Chat operation blocked",
+    "SessionContextGuard: Billing blocked",
+    "SessionContextGuard: Chat operation allowed without session context",
+    "SessionContextGuard: Billing allowed without session context",
+}
+
+SPANS = {
+    "scheduling.book",
+    "chat.send",
+    "session.end",
+    "appointments.auto_start",
+    "appointments.recover",
+    "appointments.convert",
+    "{consumer}.deliver",
+    "arq.job {job.name}",
+}
+
+ROUTES = {
+    "GET /healthz",
+    "GET /readyz",
+    "GET /metrics",
+    "GET /problems/{code}",
+    "GET /api/v1/me",
+    "GET /api/v1/doctors",
+    "GET /api/v1/appointments",
+    "POST /api/v1/appointments",
+    "GET /api/v1/appointments/{appointment_id}",
+    "POST /api/v1/appointments/{appointment_id}/confirm",
+    "POST /api/v1/appointments/{appointment_id}/cancel",
+    "POST /api/v1/appointments/{appointment_id}/reschedule",
+    "POST /api/v1/appointments/{appointment_id}/reschedule/accept",
+    "POST /api/v1/appointments/{appointment_id}/reschedule/reject",
+    "POST /api/v1/appointments/{appointment_id}/presence",
+    "GET /api/v1/appointments/{appointment_id}/session",
+    "GET /api/v1/sessions",
+    "GET /api/v1/sessions/{context}",
+    "POST /api/v1/sessions/{context}/end",
+    "GET /api/v1/chat/{context}/messages",
+    "POST /api/v1/chat/{context}/messages",
+    "GET /api/v1/notifications",
+    "POST /api/v1/admin/users",
+    "PATCH /api/v1/admin/users/{user_id}",
+    "POST /api/v1/admin/subscriptions",
+    "GET /api/v1/admin/conversions",
+}
+BODIES = {
+    "AppointmentOut": "id patient_id doctor_id modality status starts_at ends_at duration_minutes reason session_id"
+    " session_context created_at updated_at",
+    "SessionPollOut": "appointment_id status modality starts_at session_id session_context session_status"
+    " response_deadline retry_after",
+    "SessionOut": "id context kind modality source status appointment_id patient_id doctor_id created_at"
+    " response_deadline activated_at connected_at ended_at end_reason units_charged remaining_seconds",
+    "EndedOut": "session billing already_ended",
+    "BillingOut": "units_charged units_added payouts",
+    "MessageOut": "id seq client_message_id sender kind body media_url reply_to reactions sent_at",
+    "HistoryOut": "items has_more last_seq",
+    "NotificationOut": "id kind appointment_id session_context created_at read_at",
+    "DoctorOut": "id name country",
+    "UserOut": "id tenant_id role name country active",
+    "Problem": "type title status detail instance code correlation_id appointment_id session_id session_context"
+    " retry_after next_action errors",
+    "BookAppointment": "doctor_id patient_id modality starts_at duration_minutes reason",
+    "SendMessageIn": "client_message_id body kind media_url",
+    "CreateUser": "role name country active",
+    "CreateSubscription": "patient_id plan starts_at ends_at text_sessions_remaining voice_calls_remaining"
+    " video_calls_remaining",
+}
+
+
+def test_refusals_keep_their_codes_their_status_and_what_to_do_next() -> None:
+    assert {reason.code: STATUS[reason.kind] for reason in Reason} == REFUSALS
+    assert {reason.code: reason.next_action for reason in Reason if reason.next_action} == NEXT_ACTIONS
+
+
+def test_flags_keep_their_names_everywhere() -> None:
+    assert {flag.value for flag in Flag} == set(FlagSettings.model_fields) == FLAGS
+
+
+def test_operations_and_events_keep_their_names() -> None:
+    assert set(OPERATIONS) == {"send_message", "get_messages", "view_session", "complete_session"}
+    assert list(EventName) == EVENTS.split()
+
+
+def test_metrics_keep_their_names_their_labels_and_the_values_of_those() -> None:
+    catalogued = {
+        spec.name: (
+            spec.kind,
+            {label.name: None if label.values is None else set(map(str, label.values)) for label in spec.labels},
+        )
+        for spec in (*OWN, *CATALOGUE)
+    }
+    assert catalogued == {
+        name: (kind, {label: values and set(values.split()) for label, values in labels.items()})
+        for name, (kind, labels) in METRICS.items()
+    }
+    aliases = {spec.name: spec.source_alias for spec in CATALOGUE if spec.source_alias}
+    assert aliases == ALIASES
+
+
+def calls(*functions: str) -> Iterator[ast.Call]:
+    """The calls of functions or methods of these names, outside of the command line, which has no log."""
+    for _, tree in sources("libs", "services/api", "services/worker"):
+        for node in ast.walk(tree):
+            match node:
+                case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in functions and node.args:
+                    yield node
+
+
+def strings() -> set[str]:
+    return {
+        node.value
+        for _, tree in sources("libs", "services/api", "services/worker")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def test_log_events_keep_their_names_and_operators_their_phrases() -> None:
+    logged = {
+        call.args[0].value
+        for call in calls("debug", "info", "warning", "error", "tell", "told")
+        if isinstance(call.args[0], ast.Constant)
+    }
+    # The event of a run is looked up by the task.
+    assert logged | {"appointment_auto_start_run", "appointment_recovery_run"} == set(LOG_EVENTS)
+    assert set(LOG_EVENTS) | PHRASES <= strings()
+
+
+def test_spans_keep_their_names() -> None:
+    names = {ast.unparse(call.args[0]).removeprefix("f").strip("'") for call in calls("span", "record_span")}
+    # The span of a run is looked up by the task.
+    looked_up = {"appointments.auto_start", "appointments.recover"}
+    assert names - {"_SPANS[run.task]"} | looked_up == SPANS
+    assert looked_up <= strings()
+    assert {consumer.value for consumer in Consumer} == {"notifications"}
+
+
+class Unwilling:
+    async def deliver(self, events: Sequence[Event]) -> None:
+        raise RuntimeError("not today")
+
+
+async def everything_happens(api: Api, clinic: Clinic) -> None:
+    """Leads to every log event that does not need a fault."""
+    message = {"client_message_id": "1", "body": "Hello"}
+    session = await clinic.session()
+    patient, doctor = api.as_(session.patient), api.as_(session.doctor)
+    await api.anonymous.get("/api/v1/me")
+    await patient.post(f"/chat/{session.context}/messages", json=message)
+    await doctor.post(f"/chat/{session.context}/messages", json={"client_message_id": "2", "body": "Hello"})
+    await patient.post(f"/chat/{session.appointment_id}/messages", json=message)
+    early = await clinic.appointment(patient=session.patient, starts_in=timedelta(hours=1))
+    await patient.post(f"/chat/{early}/messages", json=message)
+    await patient.post(f"/sessions/{session.context}/end")
+    await patient.post(f"/chat/{session.context}/messages", json=message | {"client_message_id": "3"})
+    await clinic.dispatch()
+    reporter, converter = Reporter(clinic.metrics), clinic.converter()
+    reporter.finished(await converter.auto_start(wait=True))
+    reporter.finished(await converter.recover(lookback=None, limit=1))
+    async with transaction(clinic.database, clinic.bell) as tx:
+        await append(tx, EventName.SESSION_ENDED, tenant_id=clinic.tenant_id, aggregate="test:1", payload={})
+    await Dispatcher(clinic.database, {Consumer.NOTIFICATIONS: Unwilling()}, clinic.metrics).dispatch(Lane.URGENT)
+
+
+HAPPEN = {
+    "http_request",
+    "auth_failed",
+    "guard_blocked",
+    "guard_allowed_with_warning",
+    "guard_refused",
+    "chat_message_stored",
+    "session_state_changed",
+    "appointment_auto_start_run",
+    "appointment_recovery_run",
+    "appointment_session_conversion",
+    "outbox_dispatched",
+    "outbox_failed",
+}
+
+
+async def test_log_lines_keep_their_fields(make_api: MakeApi, clinic: Clinic, tmp_path: Path) -> None:
+    log = tmp_path / "api.jsonl"
+    api = await make_api(log_file=log, ENFORCE_SESSION_GATED_CHAT=True, ALLOW_LEGACY_APPOINTMENT_CHAT=True)
+    await everything_happens(api, clinic)
+
+    async def lines() -> list[dict[str, Any]]:
+        written = [orjson.loads(line) for line in log.read_bytes().splitlines()]
+        return written if {line["event"] for line in written} >= HAPPEN else []
+
+    for line in await until(lines):
+        assert line.keys() >= {*EVERY_LINE.split(), *LOG_EVENTS[line["event"]].split()}, line
+        assert line["module"] in MODULES.split()
+        assert line["service"] == "sessiongate-api"
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", line["timestamp"])
+
+
+def test_log_lines_about_faults_and_the_worker_keep_their_fields() -> None:
+    given: dict[str, set[str]] = {}
+    for call in calls("info", "warning", "error", "told"):
+        if isinstance(call.args[0], ast.Constant) and call.args[0].value in LOG_EVENTS.keys() - HAPPEN:
+            keywords = {keyword.arg or "" for keyword in call.keywords}
+            if "exc_info" in keywords:
+                keywords |= {"exception_type", "error_message", "stack_fingerprint"}
+            given[call.args[0].value] = keywords
+    assert given.keys() == LOG_EVENTS.keys() - HAPPEN
+    for event, keywords in given.items():
+        assert keywords >= set(LOG_EVENTS[event].split()), event
+
+
+@pytest.fixture
+async def document(api: Api) -> Any:
+    return api.app.openapi()
+
+
+async def test_addresses_stay_where_they_are(document: Any) -> None:
+    routes = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
+    assert routes == ROUTES
+
+
+async def test_bodies_keep_their_fields(document: Any) -> None:
+    schemas = document["components"]["schemas"]
+    assert {name: set(schemas[name]["properties"]) for name in BODIES} == {
+        name: set(fields.split()) for name, fields in BODIES.items()
+    }
+
+
+async def test_problems_are_of_the_standard_shape(api: Api, clinic: Clinic) -> None:
+    session = await clinic.session()
+    response = await api.as_(session.patient).get(f"/chat/{session.appointment_id}/messages")
+    problem = response.json()
+    assert response.headers["Content-Type"] == "application/problem+json"
+    assert problem.pop("correlation_id") == response.headers["X-Correlation-ID"]
+    assert problem.pop("title")
+    assert problem.pop("detail")
+    assert problem == {
+        "type": "/problems/SESSION_CONTEXT_REQUIRED",
+        "status": 400,
+        "instance": f"/api/v1/chat/{session.appointment_id}/messages",
+        "code": "SESSION_CONTEXT_REQUIRED",
+        "appointment_id": session.appointment_id,
+        "session_id": session.ref.id,
+        "session_context": session.context,
+        "next_action": {"method": "GET", "href": f"/api/v1/appointments/{session.appointment_id}/session"},
+    }

@@ -1,0 +1,436 @@
+"""What is exported to a collector, what is not, and that nobody waits for it."""
+
+import asyncio
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from opentelemetry.trace import SpanKind
+
+from libs.observability import tracing
+from libs.observability.context import bind, carrier
+from libs.observability.registry import Metrics
+from libs.observability.testing import OtlpReceiver, attributes, capture_logs
+from libs.observability.tracing import (
+    DEFAULT_RATIO,
+    QUEUE_SPANS,
+    SHUTDOWN_SECONDS,
+    Tracing,
+    configure_tracing,
+    is_sampled,
+    record_span,
+    sampled_trace_id,
+    span,
+    tracer_provider,
+)
+
+ID = "550e8400-e29b-41d4-a716-446655440000"
+PHONE = "+4915112345678"
+SECOND = 1_000_000_000
+
+
+def traceparent(trace_id: int, flags: str = "01", span_id: int = 0xB7) -> dict[str, str]:
+    return {"traceparent": f"00-{trace_id:032x}-{span_id:016x}-{flags}"}
+
+
+@pytest.fixture(autouse=True)
+def _unconfigured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test configures ends with it."""
+    monkeypatch.setattr(tracing, "_tracing", None)
+
+
+@pytest.fixture
+def receiver() -> Iterator[OtlpReceiver]:
+    with OtlpReceiver() as running:
+        yield running
+
+
+Configure = Callable[..., Tracing]
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics((), version="0", service="test")
+
+
+@pytest.fixture
+def configure(monkeypatch: pytest.MonkeyPatch, receiver: OtlpReceiver, metrics: Metrics) -> Iterator[Configure]:
+    """Configures tracing with environment variables, whose names lack their `OTEL_`; ended before `receiver`."""
+    configured: list[Tracing] = []
+
+    def configure(**environment: str) -> Tracing:
+        for name, value in environment.items():
+            monkeypatch.setenv(f"OTEL_{name}", value)
+        configured.append(configure_tracing("test", "1.2.3", metrics))
+        return configured[-1]
+
+    yield configure
+    for each in configured:
+        each.shutdown()
+
+
+@pytest.fixture
+def kept(configure: Configure, receiver: OtlpReceiver) -> Tracing:
+    """Tracing that exports everything to `receiver`."""
+    return configure(EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG="1")
+
+
+def only(receiver: OtlpReceiver, name: str) -> Span:
+    """The one span of that name, once everything is exported."""
+    (found,) = receiver.spans(name)
+    return found
+
+
+def test_without_a_collector_nothing_is_recorded_but_ids_exist(configure: Configure) -> None:
+    threads = set(threading.enumerate())
+    tracing_ = configure(TRACES_SAMPLER_ARG="1")
+    assert set(threading.enumerate()) == threads
+    with span("work") as current:
+        assert not current.is_recording()
+        assert current.get_span_context().is_valid
+        assert not is_sampled(carrier())
+        assert sampled_trace_id() is None
+        outer = carrier()["traceparent"]
+        with span("more"):
+            assert carrier()["traceparent"][:35] == outer[:35]
+            assert carrier()["traceparent"][36:] != outer[36:]
+    assert tracer_provider() is tracing_.provider
+
+
+def test_before_tracing_is_configured_spans_are_harmless() -> None:
+    with bind(correlation_id=ID), span("work", appointment_id=1) as current:
+        assert not current.is_recording()
+        assert carrier() == {"correlation_id": ID}
+    record_span("over", parent=None, start_ns=1, end_ns=2)
+    assert isinstance(tracer_provider(), trace.NoOpTracerProvider)
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_spans_reach_the_collector_by_either_protocol(
+    configure: Configure, receiver: OtlpReceiver, protocol: str
+) -> None:
+    endpoint = receiver.grpc_endpoint if protocol == "grpc" else receiver.http_endpoint
+    configure(EXPORTER_OTLP_ENDPOINT=endpoint, EXPORTER_OTLP_PROTOCOL=protocol, TRACES_SAMPLER_ARG="1")
+    with span("work", appointment_id=12) as current:
+        pass
+
+    (arrived,) = receiver.wait_for("work")
+
+    assert arrived.span_id.hex() == f"{current.get_span_context().span_id:016x}"
+    assert attributes(arrived) == {"appointment_id": 12}
+
+
+def test_endpoint_and_protocol_can_be_those_of_traces_alone(configure: Configure, receiver: OtlpReceiver) -> None:
+    configured = configure(
+        EXPORTER_OTLP_TRACES_ENDPOINT=f"{receiver.http_endpoint}/v1/traces",
+        EXPORTER_OTLP_PROTOCOL="grpc",
+        EXPORTER_OTLP_TRACES_PROTOCOL="http/protobuf",
+        TRACES_SAMPLER_ARG="1",
+    )
+    with span("work"):
+        pass
+    configured.shutdown()
+    assert only(receiver, "work")
+
+
+def test_the_process_says_who_it_is(configure: Configure) -> None:
+    described = configure().provider.resource.attributes
+    assert (described["service.name"], described["service.version"]) == ("test", "1.2.3")
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1.1", "ten", "nan", "10%"])
+def test_a_share_that_is_none_is_refused_in_a_sentence(configure: Configure, share: str) -> None:
+    with pytest.raises(ValueError, match=r"^OTEL_TRACES_SAMPLER_ARG must be a number from 0 to 1\.$"):
+        configure(EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1", TRACES_SAMPLER_ARG=share)
+
+
+def test_a_protocol_that_is_not_spoken_is_refused_in_a_sentence(configure: Configure) -> None:
+    with pytest.raises(ValueError, match=r"^OTEL_EXPORTER_OTLP_PROTOCOL must be http/protobuf or grpc\.$"):
+        configure(EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1", EXPORTER_OTLP_PROTOCOL="http/json")
+
+
+def kept_by_id(trace_id: int, ratio: float) -> bool:
+    return trace_id % 2**64 < ratio * 2**64
+
+
+def roots(number: int) -> list[bool]:
+    """Which of so many new traces are kept."""
+    flags = []
+    for _ in range(number):
+        with span("root", root=True):
+            flags.append(is_sampled(carrier()))
+    return flags
+
+
+@pytest.mark.parametrize("given", ["", " ", "0.1"])
+def test_a_tenth_of_all_traces_is_kept_unless_configured(
+    configure: Configure, receiver: OtlpReceiver, given: str
+) -> None:
+    configure(EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG=given)
+    assert DEFAULT_RATIO == 0.1
+    # Six standard deviations of a binomial distribution to each side.
+    assert 128 < sum(roots(2000)) < 281
+
+
+@pytest.mark.parametrize(("share", "kept"), [("0", 0), ("1", 100)])
+def test_nothing_or_everything_can_be_kept(configure: Configure, receiver: OtlpReceiver, share: str, kept: int) -> None:
+    configure(EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG=share)
+    assert sum(roots(100)) == kept
+
+
+def test_whether_a_trace_is_kept_hangs_on_its_id_and_not_on_what_the_sender_says(
+    configure: Configure, receiver: OtlpReceiver
+) -> None:
+    configure(EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG="0.3")
+    generator = random.Random(1)
+    ids = [generator.getrandbits(128) for _ in range(300)]
+    for trace_id in ids:
+        for flags in ("00", "01", "02", "03"):
+            with span("work", parent=traceparent(trace_id, flags)):
+                assert carrier()["traceparent"].split("-")[1] == f"{trace_id:032x}"
+                assert is_sampled(carrier()) is kept_by_id(trace_id, 0.3)
+                with span("more"):
+                    assert is_sampled(carrier()) is kept_by_id(trace_id, 0.3)
+    assert 0 < sum(kept_by_id(trace_id, 0.3) for trace_id in ids) < 300
+
+
+def test_only_kept_traces_are_exported_and_those_whole(configure: Configure, receiver: OtlpReceiver) -> None:
+    configured = configure(EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG="0.5")
+    expected = set()
+    for _ in range(50):
+        with span("outer", root=True), span("inner"):
+            if trace_id := sampled_trace_id():
+                expected.add(trace_id)
+    configured.shutdown()
+    for name in ("outer", "inner"):
+        assert {arrived.trace_id.hex() for arrived in receiver.spans(name)} == expected
+    assert 0 < len(expected) < 50
+
+
+def test_a_span_says_on_whose_behalf_and_about_what(kept: Tracing, receiver: OtlpReceiver) -> None:
+    with (
+        bind(correlation_id=ID, tenant_id=3, user_id=7),
+        span("chat.send", kind=SpanKind.PRODUCER, session_id=7, event_name=None),
+    ):
+        pass
+    kept.shutdown()
+    arrived = only(receiver, "chat.send")
+    assert attributes(arrived) == {"correlation_id": ID, "tenant_id": 3, "session_id": 7}
+    assert arrived.kind == Span.SPAN_KIND_PRODUCER
+    assert arrived.status.code == 0
+    assert arrived.parent_span_id == b""
+
+
+def test_spans_nest_and_a_root_or_another_parent_leaves_the_present_trace(
+    kept: Tracing, receiver: OtlpReceiver
+) -> None:
+    with span("outer"):
+        with span("inner"):
+            pass
+        with span("root", root=True):
+            pass
+        with span("remote", parent=traceparent(0xA1)):
+            pass
+        for name, broken in (("empty", {}), ("broken", {"traceparent": "00-nonsense"})):
+            with span(name, parent=broken):
+                pass
+    kept.shutdown()
+    outer, inner = only(receiver, "outer"), only(receiver, "inner")
+    assert (inner.trace_id, inner.parent_span_id) == (outer.trace_id, outer.span_id)
+    remote = only(receiver, "remote")
+    assert (remote.trace_id.hex(), remote.parent_span_id.hex()) == (f"{0xA1:032x}", f"{0xB7:016x}")
+    for name in ("root", "empty", "broken"):
+        alone = only(receiver, name)
+        assert alone.parent_span_id == b""
+        assert alone.trace_id != outer.trace_id
+
+
+async def test_spans_of_tasks_and_threads_do_not_become_each_others_parents(
+    kept: Tracing, receiver: OtlpReceiver
+) -> None:
+    async def work(number: int) -> None:
+        with span("outer", outbox_id=number):
+            await asyncio.sleep(0)
+            with span("inner", outbox_id=number):
+                await asyncio.to_thread(innermost, number)
+
+    def innermost(number: int) -> None:
+        with span("innermost", outbox_id=number):
+            pass
+
+    await asyncio.gather(*map(work, range(20)))
+    await asyncio.to_thread(kept.shutdown)
+    spans = {(each.name, attributes(each)["outbox_id"]): each for each in receiver.spans()}
+    for number in range(20):
+        outer, inner, innermost_ = (spans[name, number] for name in ("outer", "inner", "innermost"))
+        assert inner.parent_span_id == outer.span_id
+        assert innermost_.parent_span_id == inner.span_id
+
+
+def test_an_exception_marks_the_span_and_goes_on_masked(kept: Tracing, receiver: OtlpReceiver) -> None:
+    with pytest.raises(ValueError, match="no"), span("work", url=f"https://example.com/?to={PHONE}"):
+        raise ValueError(f"no {PHONE}")
+    with suppress(asyncio.CancelledError), span("cancelled"):
+        raise asyncio.CancelledError
+    kept.shutdown()
+    failed = only(receiver, "work")
+    assert failed.status.code == 2
+    (event,) = failed.events
+    assert event.name == "exception"
+    assert PHONE[1:] not in str(failed)
+    assert only(receiver, "cancelled").status.code == 0
+
+
+def test_links_name_other_traces_and_leave_out_what_is_none(kept: Tracing, receiver: OtlpReceiver) -> None:
+    links = [traceparent(0xA1), {}, {"correlation_id": ID}, traceparent(0xA2, "00", 0xB8)]
+    with span("work", links=links):
+        pass
+    kept.shutdown()
+    assert [(link.trace_id.hex(), link.span_id.hex()) for link in only(receiver, "work").links] == [
+        (f"{0xA1:032x}", f"{0xB7:016x}"),
+        (f"{0xA2:032x}", f"{0xB8:016x}"),
+    ]
+
+
+def test_what_is_over_is_recorded_under_the_id_that_a_row_refers_to(kept: Tracing, receiver: OtlpReceiver) -> None:
+    with span("batch"):
+        record_span(
+            "appointments.convert",
+            parent=traceparent(0xA1) | {"correlation_id": ID},
+            span_id="00000000000000c4",
+            start_ns=5 * SECOND,
+            end_ns=7 * SECOND,
+            links=[carrier()],
+            appointment_id=12,
+            session_id=None,
+        )
+    with span("later"):
+        pass
+    kept.shutdown()
+    recorded, batch = only(receiver, "appointments.convert"), only(receiver, "batch")
+    assert recorded.trace_id.hex() == f"{0xA1:032x}"
+    assert recorded.parent_span_id.hex() == f"{0xB7:016x}"
+    assert recorded.span_id.hex() == "00000000000000c4"
+    assert (recorded.start_time_unix_nano, recorded.end_time_unix_nano) == (5 * SECOND, 7 * SECOND)
+    assert [link.span_id for link in recorded.links] == [batch.span_id]
+    assert attributes(recorded) == {"correlation_id": ID, "appointment_id": 12}
+    # The id was meant for that one span.
+    assert only(receiver, "later").span_id != recorded.span_id
+
+
+def test_what_is_over_can_be_a_root_that_failed(kept: Tracing, receiver: OtlpReceiver) -> None:
+    with span("present"):
+        record_span(
+            "notifications.deliver",
+            parent=None,
+            start_ns=1,
+            end_ns=2,
+            links=[traceparent(0xA1) | {"correlation_id": ID}],
+            failed=f"could not tell {PHONE}",
+        )
+    kept.shutdown()
+    recorded = only(receiver, "notifications.deliver")
+    assert recorded.parent_span_id == b""
+    assert recorded.trace_id != only(receiver, "present").trace_id
+    assert [link.trace_id.hex() for link in recorded.links] == [f"{0xA1:032x}"]
+    assert attributes(recorded) == {"correlation_id": ID}
+    assert recorded.status.code == 2
+    assert recorded.status.message == "could not tell ***5678"
+
+
+@pytest.mark.parametrize("parent", [traceparent(0xA1, "00"), traceparent(0xA1, "02"), {}, {"correlation_id": ID}])
+def test_what_is_over_is_not_recorded_in_a_trace_that_is_not_kept(
+    kept: Tracing, receiver: OtlpReceiver, parent: dict[str, str]
+) -> None:
+    record_span("over", parent=parent, start_ns=1, end_ns=2)
+    kept.shutdown()
+    assert receiver.spans() == []
+
+
+@pytest.mark.parametrize(("flags", "sampled"), [("00", False), ("01", True), ("02", False), ("03", True)])
+def test_the_flags_of_a_trace_are_bits(flags: str, sampled: bool) -> None:
+    assert is_sampled(traceparent(0xA1, flags)) is sampled
+
+
+def test_an_exemplar_points_to_kept_traces_alone(configure: Configure, receiver: OtlpReceiver) -> None:
+    configure(EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG="0.5")
+    assert sampled_trace_id() is None
+    for trace_id, expected in ((2**63 - 1, f"{2**63 - 1:032x}"), (2**63, None)):
+        with span("work", parent=traceparent(trace_id)):
+            assert sampled_trace_id() == expected
+
+
+def test_what_is_left_is_exported_at_the_end(kept: Tracing, receiver: OtlpReceiver) -> None:
+    for _ in range(1500):
+        with span("work"):
+            pass
+    kept.shutdown()
+    assert len(receiver.spans("work")) == 1500
+
+
+def test_after_the_end_spans_are_harmless(kept: Tracing, receiver: OtlpReceiver) -> None:
+    kept.shutdown()
+    kept.shutdown()
+    with span("late"):
+        pass
+    assert receiver.spans() == []
+
+
+class DeafCollector:
+    """Takes connections and never answers."""
+
+    def __enter__(self) -> str:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def deaf() -> Iterator[str]:
+    with DeafCollector() as endpoint:
+        yield endpoint
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+@pytest.mark.parametrize("answers", [False, True], ids=["refuses connections", "never answers"])
+def test_a_collector_that_fails_holds_up_nobody(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, metrics: Metrics, deaf: str, protocol: str, answers: bool
+) -> None:
+    monkeypatch.setattr(tracing, "SHUTDOWN_SECONDS", SHUTDOWN_SECONDS / 10)
+    endpoint = deaf if answers else "http://127.0.0.1:1"
+    with capture_logs():
+        configured = configure(EXPORTER_OTLP_ENDPOINT=endpoint, EXPORTER_OTLP_PROTOCOL=protocol, TRACES_SAMPLER_ARG="1")
+        began = time.perf_counter()
+        # More than the queue holds, so that it is full while the collector has nothing.
+        for _ in range(5000):
+            with span("work", appointment_id=12):
+                pass
+        per_span = (time.perf_counter() - began) / 5000
+        lost = metrics.sample("obs_spans_dropped_total", reason="queue_full")
+
+        began = time.perf_counter()
+        configured.shutdown()
+        ended_after = time.perf_counter() - began
+
+    assert per_span < 0.001
+    assert ended_after < SHUTDOWN_SECONDS
+    # What does not wait and is not with the exporter is lost, and counted.
+    assert 0 < lost <= 5000 - QUEUE_SPANS
+
+
+def test_nothing_is_lost_while_the_collector_keeps_up(kept: Tracing, receiver: OtlpReceiver, metrics: Metrics) -> None:
+    for number in range(3):
+        for _ in range(QUEUE_SPANS // 2):
+            with span("work"):
+                pass
+        assert kept.provider.force_flush()
+        assert len(receiver.spans("work")) == (number + 1) * (QUEUE_SPANS // 2)
+    assert metrics.sample("obs_spans_dropped_total", reason="queue_full") == 0
