@@ -5,17 +5,17 @@ from typing import Any
 
 import asyncpg
 
-# $1 how many, $2 when the first is due, $3 seconds from one to the next.
+# $1 how many, $2 when the first is due, $3 seconds from one to the next, $4 pairs of people to each of them.
 _POPULATE = """
     WITH tenant AS (INSERT INTO tenants (name) VALUES ('Crowd') RETURNING id),
     doctor AS (
         INSERT INTO users (tenant_id, role, name, country)
-        SELECT tenant.id, 'doctor', 'Doctor ' || n, 'MW' FROM tenant, generate_series(1, $1::int) n
+        SELECT tenant.id, 'doctor', 'Doctor ' || n, 'MW' FROM tenant, generate_series(1, $1::int * $4::int) n
         RETURNING id, tenant_id
     ),
     patient AS (
         INSERT INTO users (tenant_id, role, name, country)
-        SELECT tenant.id, 'patient', 'Patient ' || n, 'KE' FROM tenant, generate_series(1, $1::int) n
+        SELECT tenant.id, 'patient', 'Patient ' || n, 'KE' FROM tenant, generate_series(1, $1::int * $4::int) n
         RETURNING id, tenant_id
     ),
     subscription AS (
@@ -24,9 +24,10 @@ _POPULATE = """
         SELECT tenant_id, id, 'basic', clock() - interval '1 day', clock() + interval '30 days', 10, 10, 10 FROM patient
     ),
     pair AS (
-        SELECT d.id AS doctor_id, p.id AS patient_id, d.tenant_id, d.number
+        SELECT d.id AS doctor_id, p.id AS patient_id, d.tenant_id, d.number / $4 AS number
         FROM (SELECT *, row_number() OVER (ORDER BY id) AS number FROM doctor) d
         JOIN (SELECT *, row_number() OVER (ORDER BY id) AS number FROM patient) p USING (number)
+        WHERE number % $4 = 0
     ),
     appointment AS (
         INSERT INTO appointments (tenant_id, patient_id, doctor_id, modality, status, starts_at, ends_at)
@@ -46,9 +47,11 @@ _POPULATE = """
 # What a table collects in its life: four in five are long over, one is confirmed for later. $1 how many.
 _AGE = """
     INSERT INTO appointments (tenant_id, patient_id, doctor_id, modality, status, starts_at, ends_at)
-    SELECT tenant_id, patient_id, doctor_id, 'text', status, starts_at, starts_at + interval '30 minutes'
-    FROM (SELECT tenant_id, patient_id, doctor_id, row_number() OVER (ORDER BY id) - 1 AS number FROM appointments) a
-    JOIN generate_series(100, 99 + $1::int) n ON a.number = n % (SELECT count(*) FROM appointments)
+    SELECT patient.tenant_id, patient.id, doctor.id, 'text', status, starts_at, starts_at + interval '30 minutes'
+    FROM (SELECT *, row_number() OVER (ORDER BY id) - 1 AS number FROM users WHERE role = 'patient') patient
+    JOIN (SELECT *, row_number() OVER (ORDER BY id) - 1 AS number FROM users WHERE role = 'doctor') doctor
+        USING (number)
+    JOIN generate_series(100, 99 + $1::int) n ON n % (SELECT count(*) FROM users WHERE role = 'patient') = number
     CROSS JOIN LATERAL (
         SELECT (ARRAY['COMPLETED', 'CANCELLED', 'NO_SHOW', 'EXPIRED', 'CONFIRMED'])[1 + n % 5] AS status,
                clock() + make_interval(mins => CASE WHEN n % 5 = 4 THEN n ELSE -n END) AS starts_at
@@ -56,9 +59,12 @@ _AGE = """
 """
 
 
-async def populate(connection: "asyncpg.Connection[Any]", number: int, first_due: datetime, apart: float = 0.0) -> None:
-    """`number` confirmed appointments, due `apart` seconds from one to the next."""
-    await connection.execute(_POPULATE, number, first_due, apart)
+async def populate(
+    connection: "asyncpg.Connection[Any]", number: int, first_due: datetime, *, apart: float = 0.0, crowd: int = 1
+) -> None:
+    """`number` confirmed appointments, due `apart` seconds from one to the next. One of `crowd` patients and
+    doctors has such an appointment."""
+    await connection.execute(_POPULATE, number, first_due, apart, crowd)
 
 
 async def age(connection: "asyncpg.Connection[Any]", number: int) -> None:

@@ -169,6 +169,8 @@ appointments = Table(
         "id",
         postgresql_where=text(DUE),
     ),
+    # The backlog, which counts what waits for its next attempt too, and recovery.
+    Index("appointments_backlog_idx", "starts_at", postgresql_where=text(DUE)),
     Index("appointments_parked_idx", "starts_at", postgresql_where=text("parked_at IS NOT NULL")),
     Index("appointments_pending_idx", "starts_at", postgresql_where=text("status = 'PENDING'")),
     UniqueConstraint("tenant_id", "id"),

@@ -220,6 +220,15 @@ def upgrade() -> None:
     )
     op.create_index(op.f("appointments_doctor_id_id_idx"), "appointments", ["doctor_id", "id"], unique=False)
     op.create_index(
+        "appointments_backlog_idx",
+        "appointments",
+        ["starts_at"],
+        unique=False,
+        postgresql_where=sa.text(
+            "status = 'CONFIRMED' AND session_id IS NULL AND kind = 'consultation' AND parked_at IS NULL"
+        ),
+    )
+    op.create_index(
         "appointments_due_idx",
         "appointments",
         [sa.literal_column("greatest(starts_at, next_attempt_at)"), "id"],

@@ -14,7 +14,9 @@ from tests.population import age, populate, settle
 from tests.servers import copy_of, migrate, running_servers, url_of
 
 APPOINTMENTS: Final = 5_000
+CROWD: Final = 20
 OTHERS: Final = 1_000_000
+"""Ten for each of the patients and doctors, one in `CROWD` of whom has an appointment that is due."""
 
 
 async def run() -> Result:
@@ -22,7 +24,7 @@ async def run() -> Result:
         async with running_servers(durable=True) as servers:
             await migrate(servers)
             connection = await asyncpg.connect(url_of(servers, DATABASE))
-            await populate(connection, APPOINTMENTS, datetime.now(UTC) - timedelta(minutes=1))
+            await populate(connection, APPOINTMENTS, datetime.now(UTC) - timedelta(minutes=1), crowd=CROWD)
             await settle(connection)
             await connection.close()
             async with copy_of(servers, DATABASE, "grown") as grown:

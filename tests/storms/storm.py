@@ -61,7 +61,7 @@ class Storm:
         async with self._crew() as crew:
             await until(lambda: _all_started(crew))
             due = await owner.fetchval("SELECT clock() + interval '2 seconds'")
-            await populate(owner, self.scale.appointments, due, self.scale.seconds / self.scale.appointments)
+            await populate(owner, self.scale.appointments, due, apart=self.scale.seconds / self.scale.appointments)
             await owner.execute(_BREAK)
             await owner.execute("ANALYZE")
             await asyncio.gather(self._kill(crew), self._cut(owner), self._empty_redis())
