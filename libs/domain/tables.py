@@ -25,6 +25,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -429,6 +430,22 @@ workers = Table(
     Column("name", Text, primary_key=True),
     _time("started_at", default_now=True),
     _time("beat_at", default_now=True),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("operation", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    _tenant(),
+    Column("fingerprint", LargeBinary, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    _time("created_at", default_now=True),
+    _person("user_id"),
+    CheckConstraint("status BETWEEN 200 AND 299", name="status"),
+    Index(None, "created_at"),
 )
 
 audit_log = Table(

@@ -165,6 +165,18 @@ class Reason(Enum):
         "The id was used for another message",
         "A message with this client_message_id but another body is stored. Use a new id for a new message.",
     )
+    IDEMPOTENCY_KEY_REUSED = (
+        "IDEMPOTENCY_KEY_REUSED",
+        Kind.INVALID,
+        "The key belongs to another request",
+        "An earlier request had this Idempotency-Key and was a different one. Use a new key for a new request.",
+    )
+    IDEMPOTENCY_IN_FLIGHT = (
+        "IDEMPOTENCY_IN_FLIGHT",
+        Kind.CONFLICT,
+        "The same request is being processed",
+        "A request with this Idempotency-Key has not been answered yet. Repeat yours in retry_after seconds.",
+    )
     VALIDATION_FAILED = (
         "VALIDATION_FAILED",
         Kind.INVALID,

@@ -67,9 +67,10 @@ GRANTS = (
     "GRANT SELECT ON ALL TABLES IN SCHEMA public TO sessiongate_app",
     "GRANT INSERT, UPDATE ON tenants, users, subscriptions, appointments, busy_intervals, sessions, conversations,"
     " participants, conversion_runs, outbox_deliveries, notifications, workers TO sessiongate_app",
-    "GRANT DELETE ON workers, conversion_samples TO sessiongate_app",
+    "GRANT DELETE ON workers, conversion_samples, idempotency_keys TO sessiongate_app",
     # What has happened is not rewritten.
-    "GRANT INSERT ON messages, conversion_attempts, conversion_samples, outbox_events, audit_log TO sessiongate_app",
+    "GRANT INSERT ON messages, conversion_attempts, conversion_samples, outbox_events, audit_log, idempotency_keys"
+    " TO sessiongate_app",
 )
 
 
@@ -294,6 +295,25 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("dispatched_at IS NULL AND dead_at IS NULL"),
     )
+    op.create_table(
+        "idempotency_keys",
+        sa.Column("user_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("operation", sa.Text(), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("tenant_id", sa.BigInteger(), nullable=False),
+        sa.Column("fingerprint", sa.LargeBinary(), nullable=False),
+        sa.Column("status", sa.Integer(), nullable=False),
+        sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("clock()"), nullable=False),
+        sa.CheckConstraint("status BETWEEN 200 AND 299", name=op.f("idempotency_keys_status_check")),
+        sa.ForeignKeyConstraint(
+            ["tenant_id", "user_id"],
+            ["users.tenant_id", "users.id"],
+            name=op.f("idempotency_keys_tenant_id_user_id_fkey"),
+        ),
+        sa.PrimaryKeyConstraint("user_id", "operation", "key", name=op.f("idempotency_keys_pkey")),
+    )
+    op.create_index(op.f("idempotency_keys_created_at_idx"), "idempotency_keys", ["created_at"], unique=False)
     op.create_table(
         "subscriptions",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),

@@ -7,6 +7,8 @@ A route says in its signature what it needs:
     caller: Annotated[Principal, acting(Permission.BOOK_APPOINTMENTS)]
     tx: Tx                              the request's transaction, committed before the response is sent
 
+A POST that creates something takes an `Idempotency-Key` without asking; sessions have ids of their own for that.
+
 `GuardedRoute` raises at import when a route asks for none of the first three. It authenticates before
 the body is read, and opens contexts after the whole request is validated, so that refusals come in the
 promised order: token, size, syntax, identifier, schema, existence, role, flags, state.
@@ -38,6 +40,8 @@ from libs.guardrails import (
     parse_context,
 )
 from libs.observability.context import note
+from services.api import idempotency
+from services.api.idempotency import IdempotencyKey
 from services.api.identity import Identity
 
 
@@ -68,6 +72,12 @@ async def _transaction(request: Request) -> AsyncIterator[Transaction]:
 
 # With any other scope FastAPI would commit after the response, and a failed commit would answer 200.
 Tx = Annotated[Transaction, Depends(_transaction, scope="function")]
+
+
+async def _claim_key(request: Request, tx: Tx, idempotency_key: IdempotencyKey = None) -> None:
+    if idempotency_key is not None:
+        await idempotency.claim(request, tx, idempotency_key)
+
 
 ContextPath = Annotated[
     str,
@@ -135,6 +145,8 @@ class GuardedRoute(APIRoute):
     sessions_only = False
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if options.get("status_code") == 201 and not self.sessions_only:
+            options["dependencies"] = [*(options.get("dependencies") or ()), Depends(_claim_key)]
         super().__init__(path, _opening(endpoint), **options)
         nets = list(_nets(self.dependant))
         if not nets or (self.sessions_only and not any(net.session for net in nets)):
@@ -153,7 +165,11 @@ class GuardedRoute(APIRoute):
             if not statement_decides:
                 await _require_active(request, identity, principal)
             try:
-                return await handle(request)
+                response = await handle(request)
+                await idempotency.keep(request, response)
+                return response
+            except idempotency.Replayed as replayed:
+                return replayed.response
             except (RequestValidationError, HTTPException, Refused) as error:
                 if statement_decides and _came_before_the_statement(error):
                     await _require_active(request, identity, principal)

@@ -128,6 +128,11 @@ def refusals(*reasons: Reason) -> dict[int | str, dict[str, Any]]:
     return documented(unreadable, *((STATUS[reason.kind], reason) for reason in (*_ALWAYS, *reasons)))
 
 
+def creating(*reasons: Reason) -> dict[int | str, dict[str, Any]]:
+    """The documented refusals of a guarded route that creates something, and so takes an idempotency key."""
+    return refusals(*reasons, Reason.IDEMPOTENCY_IN_FLIGHT, Reason.IDEMPOTENCY_KEY_REUSED)
+
+
 def documented(*refusals: tuple[int, Reason]) -> dict[int | str, dict[str, Any]]:
     """The documentation of these refusals and no others."""
     by_status: dict[int, list[Reason]] = {}

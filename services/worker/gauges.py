@@ -1,12 +1,14 @@
 """What the worker writes down and exports about the state of the database, from one place.
 
 A heartbeat every second proves that a worker lives. Every 15 seconds the gauges are set and the backlog
-sampled, and runs made at the command line are added to the counters, each exactly once.
+sampled, runs made at the command line are added to the counters, each exactly once, and old idempotency
+keys are forgotten.
 """
 
 import asyncio
 from typing import Final
 
+from libs.domain import idempotency
 from libs.domain.conversion import monitor
 from libs.domain.conversion.report import count
 from libs.domain.runtime import Runtime
@@ -56,6 +58,7 @@ class Gauges:
                 await self._execute(_BEAT)
                 if loop.time() - measured_at >= monitor.SAMPLE_SECONDS:
                     await self.measure()
+                    await idempotency.prune(self._runtime.database)
                     measured_at = loop.time()
             except Exception as error:
                 _log.error("gauges_failed", exc_info=error, exception_type=type(error).__name__)

@@ -12,7 +12,11 @@ CHANGED_IN_PLACE = {
     *("participants", "conversion_runs", "outbox_deliveries", "notifications"),
 }
 ONLY_ADDED_TO = {"messages", "conversion_attempts", "outbox_events", "audit_log"}
-SWEPT = {"workers": {"INSERT", "UPDATE", "DELETE"}, "conversion_samples": {"INSERT", "DELETE"}}
+SWEPT = {
+    "workers": {"INSERT", "UPDATE", "DELETE"},
+    "conversion_samples": {"INSERT", "DELETE"},
+    "idempotency_keys": {"INSERT", "DELETE"},
+}
 
 PRIVILEGES = """
     SELECT relname, array_agg(privilege) FROM pg_class,

@@ -9,14 +9,14 @@ from libs.guardrails import Permission, Principal, Reason, Role
 from services.api.admin.schemas import ChangeUser, CreateSubscription, CreateUser, SubscriptionOut
 from services.api.guards import Tx, acting, guarded_router, runtime_of
 from services.api.people.schemas import UserOut
-from services.api.schemas import IdPath, refusals
+from services.api.schemas import IdPath, creating, refusals
 
 router = guarded_router("/admin", tag="operators")
 
 Administrator = Annotated[Principal, acting(Permission.ADMINISTER_PEOPLE)]
 
 
-@router.post("/users", status_code=201, responses=refusals())
+@router.post("/users", status_code=201, responses=creating())
 async def create_user(caller: Administrator, tx: Tx, new: CreateUser) -> UserOut:
     """Adds a person to your tenant."""
     user = await people.create_user(
@@ -32,7 +32,7 @@ async def change_user(user_id: IdPath, caller: Administrator, tx: Tx, change: Ch
     return UserOut.model_validate(await people.set_active(tx, caller, user_id, active=change.active))
 
 
-@router.post("/subscriptions", status_code=201, responses=refusals())
+@router.post("/subscriptions", status_code=201, responses=creating())
 async def create_subscription(caller: Administrator, tx: Tx, new: CreateSubscription) -> SubscriptionOut:
     """Gives a patient units to consume."""
     await people.require(tx, caller.tenant_id, Role.PATIENT, new.patient_id, "/patient_id")

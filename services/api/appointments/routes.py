@@ -16,7 +16,7 @@ from services.api.appointments.schemas import (
     SessionPollOut,
 )
 from services.api.guards import Tx, acting, guarded_router, runtime_of
-from services.api.schemas import DEFAULT_LIMIT, Cursor, IdPath, Limit, PageOut, page_out, refusals
+from services.api.schemas import DEFAULT_LIMIT, Cursor, IdPath, Limit, PageOut, creating, page_out, refusals
 
 router = guarded_router("/appointments", tag="appointments")
 
@@ -27,7 +27,7 @@ Participant = Annotated[Principal, acting(Permission.SEE_APPOINTMENTS)]
 _CHANGES = refusals(Reason.APPOINTMENT_NOT_FOUND, Reason.INVALID_TRANSITION)
 
 
-@router.post("", status_code=201, responses=refusals(Reason.SLOT_TAKEN))
+@router.post("", status_code=201, responses=creating(Reason.SLOT_TAKEN))
 async def book_appointment(
     caller: Annotated[Principal, acting(Permission.BOOK_APPOINTMENTS)], tx: Tx, new: BookAppointment, request: Request
 ) -> AppointmentOut:
