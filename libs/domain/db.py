@@ -5,8 +5,9 @@ the few hot operations that are one statement each: it skips BEGIN, COMMIT and t
 nothing that runs on it may leave session state behind.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, cast
 
 import asyncpg
@@ -17,6 +18,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 CONNECT_TIMEOUT: Final = 3.0
 POOL_TIMEOUT: Final = 2.0
+CLOSE_TIMEOUT: Final = 2.0
 
 WORKER_TIMEOUTS: Final[Mapping[str, str]] = {
     "statement_timeout": "30s",
@@ -106,8 +108,10 @@ class Database:
         return await self._transactions.connect()
 
     async def close(self) -> None:
-        await self._transactions.dispose()
-        await self._autocommit.dispose()
+        """Takes leave of the server, but not for longer than `CLOSE_TIMEOUT` of one that does not answer."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await asyncio.gather(self._transactions.dispose(), self._autocommit.dispose())
 
 
 def is_transient(error: BaseException) -> bool:

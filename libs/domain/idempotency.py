@@ -19,7 +19,8 @@ KEPT_FOR: Final = timedelta(hours=24)
 
 _LOCK: Final = text("SELECT pg_try_advisory_xact_lock(hashtextextended(:name, 0))")
 _FIND: Final = text("""
-    SELECT fingerprint, status, body FROM idempotency_keys WHERE user_id = :user_id AND operation = :operation AND key = :key
+    SELECT fingerprint, status, body FROM idempotency_keys
+    WHERE user_id = :user_id AND operation = :operation AND key = :key
 """)
 _STORE: Final = text("""
     INSERT INTO idempotency_keys (tenant_id, user_id, operation, key, fingerprint, status, body)

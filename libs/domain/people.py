@@ -43,9 +43,12 @@ _USER: Final = [users.c[name] for name in User.__dataclass_fields__]
 
 
 async def is_active(tx: Transaction, principal: Principal) -> bool:
-    """Whether the token still names an active user in that tenant and role."""
-    statement = select(users.c.active).where(
-        users.c.tenant_id == principal.tenant_id, users.c.id == principal.user_id, users.c.role == principal.role
+    """Whether the token names an active user in that tenant and role, until the transaction ends."""
+    statement = (
+        select(users.c.active)
+        .where(users.c.tenant_id == principal.tenant_id, users.c.id == principal.user_id)
+        .where(users.c.role == principal.role)
+        .with_for_update(read=True)
     )
     return bool((await tx.execute(statement)).scalar_one_or_none())
 

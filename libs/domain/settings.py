@@ -2,6 +2,7 @@
 working directory (the environment wins). The rollout flags have names of their own."""
 
 import sys
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
@@ -42,6 +43,15 @@ def _basic_auth(secret: SecretStr) -> SecretStr:
     if not all(secret.get_secret_value().partition(":")):
         raise ValueError("must be of the form user:password")
     return secret
+
+
+def _networks(listed: str) -> str:
+    try:
+        for network in filter(None, map(str.strip, listed.split(","))):
+            ip_network(network)
+    except ValueError:
+        raise ValueError("must be networks such as 10.0.0.0/8, separated by commas") from None
+    return listed
 
 
 PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
@@ -104,13 +114,13 @@ class Settings(DatabaseSettings):
     """Whether debug lines show personal data in clear. Has no effect in production."""
     metrics_basic_auth: Annotated[SecretStr, AfterValidator(_basic_auth)] | None = None
     """user:password that may read the metrics."""
-    metrics_allow: str = ""
+    metrics_allow: Annotated[str, AfterValidator(_networks)] = ""
     """Networks whose clients may read the metrics without a password, such as 10.0.0.0/8, separated by commas."""
 
     text_session_response_window_seconds: Positive = 300
     """How long a text session waits for the doctor's first answer, in seconds."""
     conversion_batch_limit: Positive = 1000
-    """How many due appointments one conversion run takes at most."""
+    """How many due appointments one batch, which is one transaction, converts at most."""
     backlog_warning: Positive = 10
     """Unconverted due appointments above which the monitor warns."""
     backlog_critical: Positive = 50

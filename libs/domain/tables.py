@@ -1,14 +1,14 @@
 """The schema at a glance: every table, its constraints and the indexes that queries rely on.
 
-Every row belongs to a tenant. Timestamps are `timestamptz`; what is computed from the present time
+Every row of a clinic belongs to a tenant. Timestamps are `timestamptz`; what is computed from the present time
 asks the SQL function `clock()`. Rules that a constraint can state are stated here and not only in
 code: one session per appointment, one live session per patient and per doctor, no overlapping
 appointments of a doctor, no message numbered twice. Functions, triggers, grants and `clock()` itself
 are in the migrations.
 
-Records of what happened (conversion attempts, outbox events) are only ever added to, by the statement that
-made what they name, and that is never deleted: they carry ids without references, whose checks would cost
-each of them more than the row itself.
+Records of what happened (conversion attempts, outbox events) are only added to, never changed. Their ids are
+no foreign keys: the statement that writes them has just written what they name, which is never deleted, and
+the checks would cost more than the row.
 """
 
 from typing import Any, Final

@@ -206,7 +206,7 @@ class Reason(Enum):
         "PAYLOAD_TOO_LARGE",
         Kind.TOO_LARGE,
         "The body is too large",
-        "Request bodies are limited to 64 KiB.",
+        "The body is longer than this service accepts, which is 64 KiB unless configured otherwise.",
     )
     RATE_LIMITED = (
         "RATE_LIMITED",

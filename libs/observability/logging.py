@@ -122,7 +122,7 @@ def _described(error: BaseException | None, *, stack: bool) -> dict[str, Any]:
     place = "|".join(f"{frame.filename.rsplit('/', 2)[-1]}:{frame.name}" for frame in frames)
     described = {
         "exception_type": type(error).__name__,
-        "error_message": str(error),
+        "error_message": str(error).strip().partition("\n")[0],
         "stack_fingerprint": hashlib.sha256(f"{type(error).__name__}|{place}".encode()).hexdigest()[:16],
     }
     if stack:

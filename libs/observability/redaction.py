@@ -71,6 +71,11 @@ def scrub_text(text: str) -> str:
     return Redactor().text(text)
 
 
+def scrub_error(error: BaseException) -> str:
+    """What an exception says, in one scrubbed line. Further lines quote the rows and inputs it stumbled over."""
+    return scrub_text(str(error).strip().partition("\n")[0] or type(error).__name__)
+
+
 class Redactor:
     """Masks fields and texts. `preview` shows the scrubbed beginning of message bodies; `on_masked` is
     told of every value masked."""

@@ -36,7 +36,8 @@ class _Claimed:
 
 
 async def claim(request: Request, tx: Transaction, key: str) -> None:
-    """Makes sure that nobody else has the effect of this request. Raises `Replayed` if it was had before."""
+    """Makes this the only request under its key until the transaction ends. Raises `Replayed` if it has been
+    answered before."""
     body = await request.body()
     sent = b"\n".join((request.scope["raw_path"], request.scope["query_string"], body))
     operation = request.scope["endpoint"].__name__  # the operation id, which is unique

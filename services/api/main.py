@@ -128,8 +128,6 @@ def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
         proxy_headers=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=30,
-        ws_max_size=65536,
-        ws_per_message_deflate=False,
         lifespan="off",
     )
 

@@ -1,11 +1,12 @@
 """What the worker writes down and exports about the state of the database, from one place.
 
-A heartbeat every second proves that a worker lives. Every 15 seconds the gauges are set and the backlog
-sampled, runs made at the command line are added to the counters, each exactly once, and old idempotency
-keys are forgotten.
+A heartbeat every second proves that a worker lives and that its pulse beats. Every 15 seconds the gauges
+are set and the backlog sampled, runs made at the command line are added to the counters, each exactly
+once, and old idempotency keys are forgotten.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 from libs.domain import idempotency
@@ -45,9 +46,10 @@ _COUNT_RUNS: Final = """
 
 
 class Gauges:
-    def __init__(self, runtime: Runtime, worker: str) -> None:
+    def __init__(self, runtime: Runtime, worker: str, is_well: Callable[[], bool]) -> None:
         self._runtime = runtime
         self._worker = worker
+        self._is_well = is_well
 
     async def run(self) -> None:
         """Beats and measures until cancelled."""
@@ -55,7 +57,8 @@ class Gauges:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                await self._execute(_BEAT)
+                if self._is_well():
+                    await self._execute(_BEAT)
                 if loop.time() - measured_at >= monitor.SAMPLE_SECONDS:
                     await self.measure()
                     await idempotency.prune(self._runtime.database)

@@ -69,7 +69,7 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
         pulse = Pulse(runtime, converter, reporter)
         dispatcher = Dispatcher(database, {Consumer.NOTIFICATIONS: Notifications(database)}, metrics)
         lanes = [OutboxLane(dispatcher, lane) for lane in Lane]
-        gauges = Gauges(runtime, settings.worker_name)
+        gauges = Gauges(runtime, settings.worker_name, lambda: pulse.is_well)
 
         def dispatch() -> None:
             for lane in lanes:
@@ -84,13 +84,20 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
             ):
                 _log.info("worker_started", worker=settings.worker_name, metrics_port=port)
                 await run_until_signalled(
-                    finishing=[pulse, *lanes], abandoned=[gauges.run(), listen(settings.redis_url, jobs)]
+                    finishing=[pulse, *lanes], abandoned=[gauges.run(), listen(settings.redis_url, jobs), _watch(pulse)]
                 )
                 with suppress(Exception):
                     await gauges.leave()
                 _log.info("worker_stopped", worker=settings.worker_name)
         finally:
             await database.close()
+
+
+async def _watch(pulse: Pulse) -> None:
+    """Ends with a fault once the pulse is stuck, so that the process is replaced."""
+    while not pulse.is_stuck:  # noqa: ASYNC110 no event tells that nothing happens
+        await asyncio.sleep(1.0)
+    raise RuntimeError("The pulse is stuck.")
 
 
 class Finishing(Protocol):

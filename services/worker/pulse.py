@@ -6,6 +6,7 @@ doctor follow each other. Between beats it sleeps until the next due moment, at 
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Final
 
 from libs.domain.conversion.report import Reporter
@@ -24,6 +25,8 @@ BUSY_SLEEP: Final = 0.05
 """Seconds until the next look when something is due that another process holds."""
 
 SUMMARY_SECONDS: Final = 60.0
+WELL_SECONDS: Final = 10.0
+STUCK_SECONDS: Final = 60.0
 
 # Each is the head of an index.
 _NEXT_DUE: Final = f"""
@@ -44,7 +47,17 @@ class Pulse:
         self._woken = asyncio.Event()
         self._stopped = False
         self._summary_at = time.monotonic() + SUMMARY_SECONDS
-        self.last_beat = time.monotonic()
+        self._beat_at = self._well_at = time.monotonic()
+
+    @property
+    def is_well(self) -> bool:
+        """Whether a beat went well of late."""
+        return time.monotonic() - self._well_at < WELL_SECONDS
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether not even a beat that failed has ended for long: then only a new process helps."""
+        return time.monotonic() - self._beat_at > STUCK_SECONDS
 
     def wake(self) -> None:
         """Something may be due now: beat without waiting for the end of the sleep."""
@@ -62,9 +75,10 @@ class Pulse:
             sleep = LONGEST_SLEEP
             try:
                 sleep = await self.beat()
+                self._well_at = time.monotonic()
             except Exception as error:
                 _log.error("pulse_beat_failed", exc_info=error, exception_type=type(error).__name__)
-            self.last_beat = time.monotonic()
+            self._beat_at = time.monotonic()
             try:
                 async with asyncio.timeout(sleep):
                     await self._woken.wait()
@@ -73,13 +87,14 @@ class Pulse:
 
     async def beat(self) -> float:
         """Does what is due; answers for how many seconds nothing will be."""
-        run = Run("auto_start")
+        run: Run | None = Run("auto_start")
         due_in = await self._due_in()
         if due_in <= 0:
-            await self._expire()
+            expired = await self._expire()
             run = await self._convert()
-            due_in = max(await self._due_in(), BUSY_SLEEP)
-        self._account_for(run)
+            due_in = max(await self._due_in(), BUSY_SLEEP) if expired else LONGEST_SLEEP
+        if run is not None:
+            self._account_for(run)
         return min(due_in, LONGEST_SLEEP)
 
     async def _due_in(self) -> float:
@@ -87,16 +102,38 @@ class Pulse:
             due_in = await connection.fetchval(_NEXT_DUE)
         return LONGEST_SLEEP if due_in is None else float(due_in)
 
-    async def _expire(self) -> None:
-        async with self._runtime.begin() as tx:
-            await expiry.expire_sessions(tx)
-            await expiry.expire_pending(tx)
+    async def _expire(self) -> bool:
+        """Whether all went well. Conversion does not wait for what cannot be expired, nor one session for another."""
+        try:
+            async with self._runtime.begin() as tx:
+                await expiry.expire_sessions(tx)
+            well = True
+        except Exception as error:
+            self._failed(error)
+            well = False
+            async with self._runtime.begin() as tx:
+                overdue = await expiry.overdue_sessions(tx)
+            for session_id in overdue:
+                with suppress(Exception):
+                    async with self._runtime.begin() as tx:
+                        await expiry.expire_sessions(tx, only=session_id)
+        try:
+            async with self._runtime.begin() as tx:
+                await expiry.expire_pending(tx)
+        except Exception as error:
+            self._failed(error)
+            well = False
+        return well
 
-    async def _convert(self) -> Run:
+    def _failed(self, error: Exception) -> None:
+        _log.error("expiry_failed", exc_info=error, exception_type=type(error).__name__)
+
+    async def _convert(self) -> Run | None:
+        """The run, or None when another process converts."""
         try:
             run = await self._converter.auto_start()
         except ConverterBusy:
-            return Run("auto_start")
+            return None
         if run.created_count:
             self._runtime.bell.ring(DispatchOutbox())
         return run

@@ -2,9 +2,14 @@
 
 import asyncio
 from typing import Any
+from uuid import uuid4
 
+from libs.domain.conversion import statement
+from libs.domain.db import Database
 from tests.api.expect import found, problem
-from tests.clinic import Clinic, LiveSession
+from tests.clinic import MINUTE, Clinic, LiveSession
+from tests.conftest import MakeApi
+from tests.processes import until
 from tests.running import Api
 
 WRITERS = 20
@@ -72,3 +77,33 @@ async def test_of_many_who_end_a_session_at_once_one_does(api: Api, clinic: Clin
     answers = await asyncio.gather(*(api.as_(who).post(f"/sessions/{live.context}/end") for who in callers))
     assert sorted(found(answer)["already_ended"] for answer in answers) == [False, *[True] * 11]
     assert await clinic.fetchval("SELECT count(*) FROM outbox_events WHERE name = 'session_ended'") == 1
+
+
+async def test_a_message_by_appointment_id_that_meets_the_conversion_is_told_of_the_session(
+    api: Api, clinic: Clinic, database: Database
+) -> None:
+    doctor, patient = await clinic.doctor(), await clinic.patient()
+    appointment_id = await clinic.appointment(doctor, patient)
+    async with database.autocommit() as connection, connection.transaction():
+        await connection.fetch(statement.CONVERT_ONE, uuid4(), appointment_id)
+        new = {"client_message_id": "1", "body": "Hello"}
+        sending = asyncio.create_task(api.as_(patient).post(f"/chat/{appointment_id}/messages", json=new))
+        await until(lambda: clinic.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+    session_id = await clinic.fetchval("SELECT session_id FROM appointments")
+    refused = problem(await sending, 400, "SESSION_CONTEXT_REQUIRED")
+    assert refused["session_context"] == f"text_session:{session_id}"
+
+
+async def test_whoever_is_no_longer_active_does_not_send_by_appointment_id_either(
+    make_api: MakeApi, clinic: Clinic
+) -> None:
+    api = await make_api(ALLOW_LEGACY_APPOINTMENT_CHAT=True)
+    doctor, patient = await clinic.doctor(), await clinic.patient()
+    appointment_id = await clinic.appointment(doctor, patient, starts_in=MINUTE)
+    chat = f"/chat/{appointment_id}/messages"
+    first, second = ({"client_message_id": message_id, "body": "Hello"} for message_id in ("1", "2"))
+    found(await api.as_(patient).post(chat, json=first), 201)
+    await clinic.fetch("UPDATE users SET active = false WHERE id = $1", patient.user_id)
+    for new in (first, second):
+        problem(await api.as_(patient).post(chat, json=new), 401, "UNAUTHENTICATED")
+    assert await stored(clinic) == [1]

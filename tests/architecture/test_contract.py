@@ -20,7 +20,7 @@ from libs.domain.transaction import transaction
 from libs.guardrails import OPERATIONS, Flag, Reason
 from libs.observability.catalogue import OWN
 from services.api.errors import STATUS
-from tests.architecture.test_rules import sources
+from tests.architecture.test_rules import ROOT, sources
 from tests.clinic import Clinic
 from tests.conftest import MakeApi
 from tests.processes import until
@@ -169,6 +169,7 @@ LOG_EVENTS = {
     "worker_started": "worker metrics_port",
     "worker_stopped": "worker",
     "pulse_beat_failed": "exception_type",
+    "expiry_failed": "exception_type",
     "gauges_failed": "exception_type",
     "doorbell_lost": "exception_type",
     "database_unavailable": "exception_type",
@@ -276,8 +277,18 @@ def test_metrics_keep_their_names_their_labels_and_the_values_of_those() -> None
     assert aliases == ALIASES
 
 
+def test_operators_are_told_of_every_metric_log_event_and_span() -> None:
+    told = (ROOT / "docs/telemetry.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (counter|gauge|histogram) \|", told, re.MULTILINE))
+    assert rows == {spec.name: spec.kind for spec in (*CATALOGUE, *OWN)}
+    words = set(re.findall(r"`([\w.{} ]+)`", told))
+    assert set(LOG_EVENTS) - words == set()
+    spelled = {"{consumer}.deliver": "notifications.deliver", "arq.job {job.name}": "arq.job {name}"}
+    assert {spelled.get(span, span) for span in SPANS} - words == set()
+
+
 def calls(*functions: str) -> Iterator[ast.Call]:
-    """The calls of functions or methods of these names, outside of the command line, which has no log."""
+    """The calls of functions or methods of these names, outside of the command line."""
     for _, tree in sources("libs", "services/api", "services/worker"):
         for node in ast.walk(tree):
             match node:

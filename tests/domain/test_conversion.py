@@ -9,8 +9,10 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
+from libs.domain.appointments import appointments
 from libs.domain.conversion import statement
 from libs.domain.conversion.runs import ConverterBusy, Outcome
+from libs.domain.jobs import ConvertDue, Job
 from libs.domain.people import set_active
 from libs.domain.transaction import transaction
 from libs.guardrails import Principal
@@ -160,37 +162,6 @@ async def test_units_of_another_modality_do_not_help(clinic: Clinic) -> None:
     appointment_id = await clinic.appointment(patient=patient, modality="voice")
 
     assert (await clinic.convert())[appointment_id].reason == "createSession_validation_failed"
-
-
-@pytest.mark.parametrize(
-    ("raised", "reason"),
-    [("ERRCODE = 'check_violation'", "db_update_failed"), ("ERRCODE = 'raise_exception'", "unknown_error")],
-)
-async def test_only_the_row_on_which_the_database_raises_fails(
-    clinic: Clinic, owner: "asyncpg.Connection[Any]", raised: str, reason: str
-) -> None:
-    culprit, *others = [await clinic.patient() for _ in range(4)]
-    await owner.execute(
-        f"""
-        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-            RAISE EXCEPTION 'no session for +49 151 23456789' USING {raised};
-        END $$;
-        CREATE TRIGGER refuse BEFORE INSERT ON sessions FOR EACH ROW
-            WHEN (NEW.patient_id = {culprit.user_id}) EXECUTE FUNCTION refuse();
-        """
-    )
-    broken = await clinic.appointment(patient=culprit)
-    sound = [await clinic.appointment(patient=patient) for patient in others]
-
-    outcomes = await clinic.convert()
-
-    assert [outcomes[each].result for each in sound] == ["created"] * 3
-    assert (outcomes[broken].result, outcomes[broken].reason) == ("failed", reason)
-    attempt = await clinic.fetchrow("SELECT * FROM conversion_attempts WHERE appointment_id = $1", broken)
-    assert "no session for" in attempt["error_message"]
-    assert "23456789" not in attempt["error_message"]
-    appointment = await appointment_row(clinic, broken)
-    assert appointment["next_attempt_at"] - appointment["now"] == pytest.approx(MINUTE, abs=timedelta(seconds=2))
 
 
 async def test_failures_back_off_from_a_minute_to_an_hour_and_are_parked_after_ten(
@@ -408,4 +379,16 @@ async def test_times_are_those_of_the_database(clinic: Clinic, clock: Clock) -> 
     created: datetime = await clinic.fetchval(
         "SELECT created_at FROM sessions WHERE appointment_id = $1", appointment_id
     )
-    assert created - await clinic.fetchval("SELECT clock()") < timedelta(seconds=5)
+    present = await clinic.fetchval("SELECT clock()")
+    assert abs(created - present) < timedelta(seconds=5)
+
+
+@pytest.mark.parametrize(("starts_in", "rung"), [(timedelta(seconds=1), [ConvertDue()]), (MINUTE, [])])
+async def test_confirming_what_is_nearly_due_wakes_the_worker(
+    clinic: Clinic, starts_in: timedelta, rung: list[Job]
+) -> None:
+    appointment_id = await clinic.appointment(starts_in=starts_in, status="PENDING")
+    clinic.bell.rung.clear()
+    async with transaction(clinic.database, clinic.bell) as tx:
+        await appointments.confirm(tx, clinic.operator, appointment_id)
+    assert [job for job in clinic.bell.rung if job == ConvertDue()] == rung

@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
+import asyncpg
 import pytest
 
 from libs.domain.outbox.append import append
@@ -224,3 +226,37 @@ async def test_the_log_line_of_a_delivery_continues_the_request_that_caused_it(
 
     assert line["correlation_id"] == "7e6b8e70-5a87-4b2c-a2fb-56ab5ad33b4c"
     assert (line["event_name"], line["attempts"]) == ("appointment_confirmed", 1)
+
+
+async def test_an_event_of_another_version_holds_up_no_other_and_is_given_up(
+    clinic: Clinic, clock: Clock, owner: "asyncpg.Connection[Any]"
+) -> None:
+    session = await clinic.session()
+    await owner.execute(
+        """
+        WITH event AS (
+            INSERT INTO outbox_events (tenant_id, name, aggregate, payload)
+            SELECT tenant_id, 'event_of_the_future', 'appointment:0', '{}' FROM outbox_events LIMIT 1 RETURNING id
+        )
+        INSERT INTO outbox_deliveries (event_id, consumer, lane, aggregate, available_at)
+        SELECT id, 'notifications', 'urgent', 'appointment:0', clock() - interval '1 hour' FROM event
+        """
+    )
+    for _ in range(MAX_ATTEMPTS):
+        await clinic.dispatch()
+        await clock.advance(timedelta(minutes=10))
+    told = await clinic.fetchval("SELECT count(*) FROM notifications WHERE session_id = $1", session.ref.id)
+    assert told == 2
+    row = await clinic.fetchrow("SELECT attempts, dead_at FROM outbox_deliveries WHERE aggregate = 'appointment:0'")
+    assert row["attempts"] == MAX_ATTEMPTS
+    assert row["dead_at"] is not None
+
+
+async def test_a_delivery_that_nobody_survives_is_given_up(clinic: Clinic, owner: "asyncpg.Connection[Any]") -> None:
+    await clinic.session()
+    await owner.execute(
+        f"UPDATE outbox_deliveries SET attempts = {MAX_ATTEMPTS}, lease_until = clock() - interval '1 second'"
+    )
+    await clinic.dispatch()
+    assert await clinic.fetchval("SELECT bool_and(dead_at IS NOT NULL) FROM outbox_deliveries")
+    assert await clinic.fetchval("SELECT count(*) FROM notifications") == 0

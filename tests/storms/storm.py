@@ -45,18 +45,16 @@ class Weather:
 
 @dataclass
 class Storm:
-    """One storm over the database of `urls`. The same `seed` makes the same decisions."""
+    """One storm over the database of `urls`."""
 
     urls: Urls
     folder: Path
     scale: Scale
-    seed: int
     reckless: bool = False
     weather: Weather = field(default_factory=Weather)
 
     async def rage(self, owner: "asyncpg.Connection[Any]") -> None:
         """Populates, storms, and lets three workers finish in calm. Gives up on them after `CALM_SECONDS`."""
-        self._random = random.Random(self.seed)
         self._logs = 0
         async with self._crew() as crew:
             await until(lambda: _all_started(crew))
@@ -101,10 +99,10 @@ class Storm:
         """Kills workers that have started, at random moments; each is replaced at once."""
         pause = (2 + self.scale.seconds) / self.scale.kills
         while self.weather.kills < self.scale.kills:
-            await asyncio.sleep(self._random.uniform(0, 2 * pause))
+            await asyncio.sleep(random.uniform(0, 2 * pause))
             started = [process for process, log in crew.items() if workers.has_started(log)]
             if started:
-                victim = self._random.choice(started)
+                victim = random.choice(started)
                 victim.kill()
                 await asyncio.to_thread(victim.join)
                 del crew[victim]
@@ -114,7 +112,7 @@ class Storm:
     async def _cut(self, owner: "asyncpg.Connection[Any]") -> None:
         """Terminates connections of workers, those in the middle of a transaction first."""
         while self.weather.kills < self.scale.kills:
-            await asyncio.sleep(self._random.uniform(0, 0.5))
+            await asyncio.sleep(random.uniform(0, 0.5))
             cut = await owner.fetchrow(_CUT)
             if cut is not None:
                 self.weather.cut_connections += 1
@@ -123,7 +121,7 @@ class Storm:
     async def _empty_redis(self) -> None:
         async with Redis.from_url(self.urls.redis) as connection:
             while self.weather.kills < self.scale.kills:
-                await asyncio.sleep(self._random.uniform(0, 1.0))
+                await asyncio.sleep(random.uniform(0, 1.0))
                 keys = await connection.keys()
                 if keys:
                     await connection.unlink(*keys)

@@ -1,19 +1,21 @@
 """The pulse finds due work in PostgreSQL, in time and in the right order, whatever Redis does."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 
 from libs.domain.conversion.report import Reporter
 from libs.domain.jobs import DispatchOutbox
-from libs.domain.runtime import compose
+from libs.domain.runtime import Runtime, compose
 from libs.domain.settings import Settings
 from libs.guardrails import Flags
 from libs.observability.testing import capture_logs
+from services.worker.gauges import Gauges
 from services.worker.pulse import LONGEST_SLEEP, Pulse
 from tests.clinic import MINUTE, Clinic
 from tests.clock import Clock
@@ -22,11 +24,13 @@ from tests.processes import until
 
 
 @pytest.fixture
-def pulse(clinic: Clinic, urls: Urls) -> Pulse:
+def runtime(clinic: Clinic, urls: Urls) -> Runtime:
     addresses: Any = {"database_url": urls.app, "redis_url": urls.redis}
-    runtime = compose(
-        Settings(**addresses), Flags(), metrics=clinic.metrics, database=clinic.database, bell=clinic.bell
-    )
+    return compose(Settings(**addresses), Flags(), metrics=clinic.metrics, database=clinic.database, bell=clinic.bell)
+
+
+@pytest.fixture
+def pulse(clinic: Clinic, runtime: Runtime) -> Pulse:
     return Pulse(runtime, clinic.converter(), Reporter(clinic.metrics))
 
 
@@ -105,18 +109,53 @@ async def test_back_to_back_appointments_of_a_doctor_follow_each_other_at_once(
 
 
 async def test_it_wakes_from_its_sleep_when_rung(clinic: Clinic, pulse: Pulse) -> None:
+    first = await clinic.appointment()
     async with beating(pulse):
-        await asyncio.sleep(0)
-        before = pulse.last_beat
-        pulse.wake()
+        await until(lambda: is_converted(clinic, first))
+        await asyncio.sleep(LONGEST_SLEEP / 10)  # it sleeps by now, and has seen nothing else
+        second = await clinic.appointment()
         loop = asyncio.get_running_loop()
         asked = loop.time()
-
-        async def beat_again() -> bool:
-            return pulse.last_beat > before
-
-        await until(beat_again)
+        pulse.wake()
+        await until(lambda: is_converted(clinic, second))
         assert loop.time() - asked < LONGEST_SLEEP / 2
+
+
+async def test_it_knows_whether_it_is_well_and_whether_it_is_stuck(
+    clinic: Clinic, pulse: Pulse, owner: "asyncpg.Connection[Any]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.worker.pulse.WELL_SECONDS", 0.3)
+    monkeypatch.setattr("services.worker.pulse.STUCK_SECONDS", 2.5)
+    monkeypatch.setattr("services.worker.pulse.LONGEST_SLEEP", 0.1)
+
+    async def is_ill() -> bool:
+        return not pulse.is_well
+
+    async with beating(pulse):
+        assert pulse.is_well
+        with capture_logs():
+            await owner.execute("ALTER TABLE sessions RENAME TO gone")
+            await until(is_ill)
+            assert not pulse.is_stuck, "It fails, but it beats."
+            await owner.execute("ALTER TABLE gone RENAME TO sessions")
+
+        async def is_well() -> bool:
+            return pulse.is_well
+
+        await until(is_well)
+    await asyncio.sleep(2.6)
+    assert pulse.is_stuck
+
+
+async def test_a_worker_whose_pulse_is_not_well_does_not_say_that_it_lives(clinic: Clinic, runtime: Runtime) -> None:
+    async def gauge(name: str, is_well: Callable[[], bool]) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await Gauges(runtime, name, is_well).run()
+
+    await gauge("ill", lambda: False)
+    await gauge("sound", lambda: True)
+    assert [row["name"] for row in await clinic.fetch("SELECT name FROM workers")] == ["sound"]
 
 
 async def test_a_beat_that_fails_is_logged_and_the_next_one_comes(clinic: Clinic, pulse: Pulse, owner: Any) -> None:
@@ -144,7 +183,48 @@ async def test_runs_that_did_something_are_told_and_empty_ones_are_folded(clinic
     assert runs[0].keys() >= {"run_id", "skipped_count", "failed_count", "runtime_ms", "source"}
 
 
+async def test_runs_that_found_nothing_are_told_once_a_minute(pulse: Pulse, monkeypatch: pytest.MonkeyPatch) -> None:
+    with capture_logs() as logs:
+        await pulse.beat()
+        assert logs.lines("appointment_auto_start_run") == []
+        monkeypatch.setattr("services.worker.pulse.time.monotonic", lambda: 10**9)
+        await pulse.beat()
+        await pulse.beat()
+        assert [run["attempted_count"] for run in logs.lines("appointment_auto_start_run")] == [0]
+
+
 async def test_the_end_of_a_run_is_told_even_when_it_found_nothing(clinic: Clinic, pulse: Pulse) -> None:
     await pulse.beat()
 
     assert clinic.metrics.sample("appointment_conversion_last_run_timestamp_seconds", task="auto_start") > 0
+
+
+async def test_what_cannot_be_expired_holds_up_neither_conversion_nor_other_sessions(
+    clinic: Clinic, pulse: Pulse, clock: Clock, owner: "asyncpg.Connection[Any]"
+) -> None:
+    poison, sound = await clinic.session(), await clinic.session()
+    await clock.advance(31 * MINUTE)
+    await owner.execute(f"ALTER TABLE sessions ADD CONSTRAINT poison CHECK (id <> {poison.ref.id}) NOT VALID")
+    appointment_id = await clinic.appointment()
+
+    with capture_logs() as logs:
+        assert await pulse.beat() == LONGEST_SLEEP, "It must not fail again at once."
+        assert [line["exception_type"] for line in logs.lines("expiry_failed")] == ["IntegrityError"]
+
+    assert await is_converted(clinic, appointment_id)
+    status = "SELECT status FROM sessions WHERE id = $1"
+    assert await clinic.fetchval(status, sound.ref.id) == "expired"
+    assert await clinic.fetchval(status, poison.ref.id) == "waiting"
+
+
+async def test_an_appointment_that_another_transaction_holds_delays_only_its_own_expiry(
+    clinic: Clinic, pulse: Pulse, clock: Clock, owner: "asyncpg.Connection[Any]"
+) -> None:
+    held, sound = await clinic.session(), await clinic.session()
+    await clock.advance(31 * MINUTE)
+    async with owner.transaction():
+        await owner.execute("SELECT FROM appointments WHERE id = $1 FOR UPDATE", held.appointment_id)
+        await pulse.beat()
+        assert await clinic.fetchval("SELECT status FROM sessions WHERE id = $1", sound.ref.id) == "expired"
+    await pulse.beat()
+    assert await clinic.fetchval("SELECT status FROM sessions WHERE id = $1", held.ref.id) == "expired"

@@ -105,6 +105,9 @@ _NOW: Final = text("SELECT clock()")
 _LOCK_DOCTOR: Final = text("SELECT pg_advisory_xact_lock(:namespace, hashint8(:doctor_id))")
 _DOCTOR_NAMESPACE: Final = 0x5E55
 
+NEARLY_DUE: Final = timedelta(seconds=2)
+"""So soon a worker that has just looked might look again too late."""
+
 _CHANGE: Final = f"UPDATE appointments a SET {{changes}}, updated_at = clock() WHERE a.id = :id RETURNING {_RETURNING}"
 _CONFIRM: Final = text(_CHANGE.format(changes="status = 'CONFIRMED', carrier = :carrier")).bindparams(
     bindparam("carrier", type_=JSONB)
@@ -237,10 +240,7 @@ async def reject(tx: Transaction, caller: Principal, appointment_id: int) -> App
     found = await find(tx, caller, appointment_id, Permission.ANSWER_PROPOSALS, lock=True)
     if found.status is not Status.RESCHEDULE_PROPOSED:
         raise _no_way(found.status, Status.CONFIRMED)
-    rejected = await _change(tx, _REJECT, EventName.RESCHEDULE_REJECTED, found)
-    if found.starts_at <= await now(tx):
-        tx.ring(ConvertDue())
-    return rejected
+    return await _change(tx, _REJECT, EventName.RESCHEDULE_REJECTED, found)
 
 
 async def report_presence(tx: Transaction, caller: Principal, appointment_id: int) -> None:
@@ -298,6 +298,8 @@ async def _change(
 ) -> Appointment:
     """Applies a change to the locked appointment and tells both parties."""
     changed = _appointment((await tx.execute(statement, {"id": found.id, **values})).one())
+    if changed.status is Status.CONFIRMED and changed.starts_at < changed.updated_at + NEARLY_DUE:
+        tx.ring(ConvertDue())
     await append(
         tx,
         event,

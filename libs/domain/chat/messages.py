@@ -6,14 +6,14 @@ refusal, so there is no moment between the check and the act in which a session 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 import asyncpg
 from sqlalchemy import text
 
-from libs.domain import audit
+from libs.domain import audit, people
 from libs.domain.chat.send_statement import JOIN_BY_APPOINTMENT, SEND_BY_APPOINTMENT, SEND_BY_SESSION
 from libs.domain.db import Database, driver
 from libs.domain.sessions import expiry, facts
@@ -123,7 +123,8 @@ class Chat:
     async def _send_by_appointment(self, claim: Claim[SendMessage], subject: AppointmentRef, new: NewMessage) -> Sent:
         """The legacy way in: where the flags allow it, it acts on the session, if there is one."""
         async with transaction(self._database, self._bell) as tx:
-            known = await facts.load(tx, subject, claim.caller.tenant_id, lock=True)
+            active = await people.is_active(tx, claim.caller)
+            known = replace(await facts.load(tx, subject, claim.caller.tenant_id, lock=True), caller_active=active)
             context = self._guard.open(claim, known)
             connection = await driver(await tx.connection())
             if known.session is not None:

@@ -13,13 +13,16 @@ import asyncpg
 from libs.domain.conversion import statement
 from libs.domain.conversion.causes import FailureReason
 from libs.domain.db import Database, is_transient
-from libs.observability.redaction import scrub_text
+from libs.observability.redaction import scrub_error
 from libs.observability.tracing import span
 
 Task = Literal["auto_start", "recovery"]
 Result = Literal["created", "skipped", "failed"]
 
 SOURCE: Final = "APPOINTMENT"
+
+UNTOUCHABLE_SECONDS: Final = 60.0
+"""How long a converter leaves a row alone whose failure it could not even write down in it."""
 
 _SPANS: Final[dict[Task, str]] = {"auto_start": "appointments.auto_start", "recovery": "appointments.recover"}
 
@@ -103,6 +106,7 @@ class Converter:
         self._worker = worker
         self._counts = counts
         self._batch_limit = batch_limit
+        self._untouchable: dict[int, float] = {}
 
     async def auto_start(self, *, limit: int | None = None, wait: bool = False) -> Run:
         """One run over everything that is due, at most `limit` appointments.
@@ -137,7 +141,7 @@ class Converter:
                 size = self._batch_limit if limit is None else min(self._batch_limit, limit - run.attempted_count)
                 if size == 0:
                     break
-                parameters: list[Any] = [size] if run.task == "auto_start" else [size, lookback, seen]
+                parameters = [size, self._left_alone()] if run.task == "auto_start" else [size, lookback, seen]
                 began_ns = time.time_ns()
                 outcomes = await self._batch(run, sql, parameters, wait, started)
                 seen += [outcome.appointment_id for outcome in outcomes]
@@ -163,7 +167,7 @@ class Converter:
                 async with connection.transaction():
                     rows = await connection.fetch(sql, run.run_id, *parameters)
             except asyncpg.PostgresError as error:
-                if is_transient(error):
+                if is_transient(error) and not isinstance(error, asyncpg.LockNotAvailableError):
                     raise
                 rows = await self._one_by_one(connection, run, parameters)
             outcomes = [_outcome(row) for row in rows]
@@ -194,15 +198,34 @@ class Converter:
             try:
                 async with connection.transaction():
                     rows += await connection.fetch(statement.CONVERT_ONE, run.run_id, record["id"])
+            except asyncpg.LockNotAvailableError:
+                continue  # one of its parties is being changed; the next run finds it again
             except asyncpg.PostgresError as error:
                 if is_transient(error):
                     raise
-                refused = isinstance(error, asyncpg.IntegrityConstraintViolationError)
-                reason = FailureReason.DB_UPDATE_FAILED if refused else FailureReason.UNKNOWN_ERROR
-                rows += await connection.fetch(
-                    statement.RECORD_CULPRIT, run.run_id, record["id"], reason, scrub_text(str(error))
-                )
+                rows += await self._record(connection, run, record["id"], error)
         return rows
+
+    async def _record(
+        self, connection: "asyncpg.Connection[Any]", run: Run, appointment_id: int, error: asyncpg.PostgresError
+    ) -> list[Any]:
+        refused = isinstance(error, asyncpg.IntegrityConstraintViolationError)
+        reason = FailureReason.DB_UPDATE_FAILED if refused else FailureReason.UNKNOWN_ERROR
+        failure = (run.run_id, appointment_id, reason, scrub_error(error))
+        try:
+            async with connection.transaction():
+                return await connection.fetch(statement.RECORD_CULPRIT, *failure)
+        except asyncpg.PostgresError as again:
+            if is_transient(again):
+                raise
+            # It would come first in every batch from now on, and hold up all others.
+            self._untouchable[appointment_id] = time.monotonic() + UNTOUCHABLE_SECONDS
+            return await connection.fetch(statement.RECORD_UNTOUCHABLE, *failure)
+
+    def _left_alone(self) -> list[int]:
+        present = time.monotonic()
+        self._untouchable = {each: until for each, until in self._untouchable.items() if until > present}
+        return list(self._untouchable)
 
     async def _fetch_value(self, sql: str) -> int:
         async with self._database.autocommit() as connection:

@@ -24,7 +24,7 @@ DUE_AT: Final = "greatest(starts_at, next_attempt_at)"
 
 SELECT_DUE: Final = f"""
     SELECT id FROM appointments
-    WHERE {DUE} AND {DUE_AT} <= clock()
+    WHERE {DUE} AND {DUE_AT} <= clock() AND id <> ALL ($3::bigint[])
     ORDER BY {DUE_AT}, id
     LIMIT $2
 """
@@ -181,7 +181,7 @@ def _converting(select: str, *, lock: str = "FOR UPDATE SKIP LOCKED") -> str:
 
 
 CONVERT_DUE: Final = _converting(SELECT_DUE)
-"""$1 run id, $2 limit."""
+"""$1 run id, $2 limit, $3 ids to leave alone."""
 
 CONVERT_RECOVERABLE: Final = _converting(SELECT_RECOVERABLE)
 """$1 run id, $2 limit, $3 lookback or null for all, $4 ids already attempted in this run."""
@@ -195,17 +195,8 @@ def lockable(select: str) -> str:
     return f"SELECT id, $1::uuid FROM appointments WHERE id IN ({select}) ORDER BY id FOR UPDATE SKIP LOCKED"
 
 
-RECORD_CULPRIT: Final = f"""
-    WITH culprit AS (
-        UPDATE appointments
-        SET conversion_attempts = conversion_attempts + 1, conversion_failures = conversion_failures + 1,
-            next_attempt_at = clock() + least(interval '1 hour',
-                interval '1 minute' * power(2, least(conversion_failures, 6))),
-            parked_at = CASE WHEN conversion_failures + 1 >= {MAX_FAILURES} THEN clock() END,
-            updated_at = clock()
-        WHERE id = $2
-        RETURNING id, tenant_id, modality, conversion_attempts, carrier, parked_at
-    ), attempted AS (
+_RECORD_FAILURE: Final = """
+    WITH culprit AS ({culprit}), attempted AS (
         INSERT INTO conversion_attempts (tenant_id, appointment_id, run_id, attempt, modality, result, reason,
                                          error_message, duration_ms)
         SELECT tenant_id, id, $1::uuid, conversion_attempts, modality, 'failed', $3::text, $4::text,
@@ -217,8 +208,29 @@ RECORD_CULPRIT: Final = f"""
            parked_at IS NOT NULL AS parked
     FROM culprit
 """
+
+RECORD_CULPRIT: Final = _RECORD_FAILURE.format(
+    culprit=f"""
+        UPDATE appointments
+        SET conversion_attempts = conversion_attempts + 1, conversion_failures = conversion_failures + 1,
+            next_attempt_at = clock() + least(interval '1 hour',
+                interval '1 minute' * power(2, least(conversion_failures, 6))),
+            parked_at = CASE WHEN conversion_failures + 1 >= {MAX_FAILURES} THEN clock() END,
+            updated_at = clock()
+        WHERE id = $2
+        RETURNING id, tenant_id, modality, conversion_attempts, carrier, parked_at
+    """
+)
 """$1 run id, $2 appointment id, $3 reason, $4 scrubbed error text: for the row on which the database
 raised an error."""
+
+RECORD_UNTOUCHABLE: Final = _RECORD_FAILURE.format(
+    culprit="""
+        SELECT id, tenant_id, modality, conversion_attempts + 1 AS conversion_attempts, carrier, parked_at
+        FROM appointments WHERE id = $2
+    """
+)
+"""Likewise, for a row that the database does not let anyone change."""
 
 FORESEE: Final = f"""
     WITH selected AS MATERIALIZED ({SELECT_RECOVERABLE}), {_KNOWN}, {_JUDGE.format(lock="")},

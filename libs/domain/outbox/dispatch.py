@@ -18,7 +18,7 @@ from libs.domain.outbox.events import Consumer, EventName, Lane
 from libs.domain.tables import PENDING_DELIVERY
 from libs.domain.telemetry import logger
 from libs.observability.context import continued
-from libs.observability.redaction import scrub_text
+from libs.observability.redaction import scrub_error
 from libs.observability.registry import Metrics
 from libs.observability.tracing import record_span
 
@@ -33,9 +33,14 @@ BACKOFF_SECONDS: Final = (2.0, 300.0)
 _PENDING: Final = PENDING_DELIVERY.replace("dispatched_at", "{0}.dispatched_at").replace("dead_at", "{0}.dead_at")
 
 _CLAIM: Final = f"""
-    WITH claimed AS MATERIALIZED (
+    WITH buried AS (
+        -- Whoever took these on did not live to tell, time and again.
+        UPDATE outbox_deliveries d SET dead_at = clock(), lease_until = NULL
+        WHERE {_PENDING.format("d")} AND d.lane = $1 AND d.attempts >= {MAX_ATTEMPTS} AND d.lease_until <= clock()
+    ),
+    claimed AS MATERIALIZED (
         SELECT d.id FROM outbox_deliveries d
-        WHERE {_PENDING.format("d")} AND d.lane = $1 AND d.available_at <= clock()
+        WHERE {_PENDING.format("d")} AND d.lane = $1 AND d.available_at <= clock() AND d.attempts < {MAX_ATTEMPTS}
           AND (d.lease_until IS NULL OR d.lease_until <= clock())
           AND NOT EXISTS (
               SELECT FROM outbox_deliveries earlier
@@ -104,7 +109,12 @@ class Dispatcher:
             rows = await connection.fetch(_CLAIM, lane.value, BATCH, float(LEASE_SECONDS), token)
         by_consumer: dict[Consumer, list[_Delivery]] = defaultdict(list)
         for row in rows:
-            by_consumer[Consumer(row["consumer"])].append(_delivery(row))
+            try:
+                consumer, delivery = Consumer(row["consumer"]), _delivery(row)
+            except ValueError as error:  # written by another version of this program
+                await self._unreadable(row, token, error)
+            else:
+                by_consumer[consumer].append(delivery)
         for consumer, deliveries in by_consumer.items():
             await self._deliver(consumer, deliveries, token)
         return len(rows)
@@ -128,12 +138,33 @@ class Dispatcher:
         for delivery in deliveries:
             self._tell(consumer, delivery, began_ns)
 
-    async def _failed(self, consumer: Consumer, delivery: _Delivery, token: UUID, error: Exception) -> None:
+    async def _postpone(self, delivery_id: int, attempts: int, token: UUID, message: str) -> None:
         first, longest = BACKOFF_SECONDS
-        wait = random.uniform(0, min(longest, first * 2**delivery.attempts))  # noqa: S311
-        message = scrub_text(str(error) or type(error).__name__)
+        wait = random.uniform(0, min(longest, first * 2**attempts))  # noqa: S311
         async with self._database.autocommit() as connection:
-            await connection.execute(_FAILED, delivery.id, token, message, wait)
+            await connection.execute(_FAILED, delivery_id, token, message, wait)
+
+    async def _unreadable(self, row: Any, token: UUID, error: ValueError) -> None:
+        message = scrub_error(error)
+        await self._postpone(row["id"], row["attempts"], token, message)
+        self._metrics.counter("outbox_dispatch_failures_total", row["name"]).inc()
+        _log.error(
+            "outbox_failed",
+            event_name=row["name"],
+            outbox_id=row["id"],
+            attempts=row["attempts"],
+            consumer=row["consumer"],
+            tenant_id=row["tenant_id"],
+            failure_reason=None,
+            error_message=message,
+            exception_type=type(error).__name__,
+            dead=row["attempts"] >= MAX_ATTEMPTS,
+            transient=False,
+        )
+
+    async def _failed(self, consumer: Consumer, delivery: _Delivery, token: UUID, error: Exception) -> None:
+        message = scrub_error(error)
+        await self._postpone(delivery.id, delivery.attempts, token, message)
         event = delivery.event
         self._metrics.counter("outbox_dispatch_failures_total", event.name).inc()
         if event.name is EventName.SESSION_STARTED:

@@ -7,23 +7,25 @@ from sqlalchemy import text
 from libs.domain.jobs import ConvertDue, DispatchOutbox
 from libs.domain.outbox.events import LANES, Consumer, EventName, Lane
 from libs.domain.sessions.facts import OVERDUE
+from libs.domain.tables import DUE
 from libs.domain.telemetry import logger
 from libs.domain.transaction import Transaction
 
 _log: Final = logger("sessions")
 
-UNBLOCK: Final = """
+# Whether an appointment waits for its next attempt may not be visible yet: a conversion that is just failing
+# holds its row. All that could be tried are taken, and waited for.
+_UNBLOCK: Final = f"""
     UPDATE appointments SET next_attempt_at = clock()
     WHERE id IN (
-        SELECT a.id FROM appointments a
-        WHERE a.status = 'CONFIRMED' AND a.session_id IS NULL AND a.next_attempt_at > clock()
-          AND ({parties})
-        -- A conversion that holds one of them is waiting for this very transaction, and will look again.
-        FOR UPDATE SKIP LOCKED
+        SELECT id FROM appointments
+        WHERE {DUE} AND starts_at <= clock() AND (patient_id = ANY (:users) OR doctor_id = ANY (:users))
+        {{lock}}
     )
 """
-"""Lets those appointments try again at once whose parties have become free; `{parties}` is a condition
-on `a.patient_id` and `a.doctor_id`."""
+_UNBLOCK_PARTIES: Final = text(_UNBLOCK.format(lock="FOR UPDATE"))
+# A conversion that holds one of them may be waiting for the end of this very session.
+_UNBLOCK_AFTER_SESSION: Final = text(_UNBLOCK.format(lock="FOR UPDATE SKIP LOCKED"))
 
 _CONSUMERS: Final = "'{" + ",".join(Consumer) + "}'::text[]"
 
@@ -31,13 +33,19 @@ EXPIRED_AT_ONCE: Final = 1000
 """At most so many rows are expired by one statement."""
 
 _EXPIRE_SESSIONS: Final = f"""
-    WITH overdue AS (
+    WITH candidate AS MATERIALIZED (
         SELECT s.id, s.tenant_id, s.kind, s.modality, s.appointment_id, s.patient_id, s.doctor_id
         FROM sessions s
         WHERE {OVERDUE} AND (CAST(:only AS bigint) IS NULL OR s.id = :only)
         ORDER BY least(s.response_deadline, s.expires_at)
         LIMIT :limit
         FOR UPDATE SKIP LOCKED
+    ),
+    free AS MATERIALIZED (
+        SELECT id FROM appointments WHERE id IN (SELECT appointment_id FROM candidate) FOR UPDATE SKIP LOCKED
+    ),
+    overdue AS MATERIALIZED (
+        SELECT * FROM candidate WHERE appointment_id IS NULL OR appointment_id IN (SELECT id FROM free)
     ),
     ended AS (
         UPDATE sessions s
@@ -68,7 +76,9 @@ _EXPIRE_SESSIONS: Final = f"""
     FROM overdue o JOIN ended e ON e.id = o.id
 """
 _EXPIRE: Final = text(_EXPIRE_SESSIONS)
-_UNBLOCK_PARTIES: Final = text(UNBLOCK.format(parties="a.patient_id = ANY(:users) OR a.doctor_id = ANY(:users)"))
+_OVERDUE: Final = text(
+    f"SELECT s.id FROM sessions s WHERE {OVERDUE} ORDER BY least(s.response_deadline, s.expires_at) LIMIT :limit"
+)
 
 _EXPIRE_PENDING: Final = text(
     f"""
@@ -96,9 +106,10 @@ _EXPIRE_PENDING: Final = text(
 )
 
 
-async def unblock(tx: Transaction, users: list[int]) -> None:
-    """Appointments of these people that wait for their next attempt may try again now."""
-    await tx.execute(_UNBLOCK_PARTIES, {"users": users})
+async def unblock(tx: Transaction, users: list[int], *, session_ended: bool = False) -> None:
+    """Appointments of these people that wait for their next attempt may try again now. `session_ended` tells
+    that this transaction also ends a session of theirs."""
+    await tx.execute(_UNBLOCK_AFTER_SESSION if session_ended else _UNBLOCK_PARTIES, {"users": users})
     tx.ring(ConvertDue())
 
 
@@ -113,7 +124,7 @@ async def expire_sessions(tx: Transaction, *, only: int | None = None) -> list[i
     }
     rows = (await tx.execute(_EXPIRE, parameters)).all()
     if rows:
-        await unblock(tx, [user for row in rows for user in (row.patient_id, row.doctor_id)])
+        await unblock(tx, [user for row in rows for user in (row.patient_id, row.doctor_id)], session_ended=True)
         tx.ring(DispatchOutbox())
     for row in rows:
         _log.info(
@@ -125,6 +136,11 @@ async def expire_sessions(tx: Transaction, *, only: int | None = None) -> list[i
             end_reason="deadline",
         )
     return [row.id for row in rows]
+
+
+async def overdue_sessions(tx: Transaction) -> list[int]:
+    """The ids of the sessions that are past their deadline and not yet expired."""
+    return list((await tx.execute(_OVERDUE, {"limit": EXPIRED_AT_ONCE})).scalars())
 
 
 async def expire_pending(tx: Transaction) -> int:

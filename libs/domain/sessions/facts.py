@@ -58,7 +58,8 @@ async def load(tx: Transaction, subject: SessionRef | AppointmentRef, tenant_id:
     """The facts about `subject` at this moment; with `lock` they stay true until the transaction ends.
 
     Locks are taken session first: that is the order of whoever ends one. Only an appointment that has
-    no session is locked itself, which keeps the conversion away from it meanwhile.
+    no session is locked itself, which keeps the conversion away from it meanwhile. Whether the caller is
+    active is for the caller of this to know.
     """
     if isinstance(subject, SessionRef):
         return Facts(caller_active=True, session=await _session(tx, subject, tenant_id, lock=lock))
@@ -66,6 +67,9 @@ async def load(tx: Transaction, subject: SessionRef | AppointmentRef, tenant_id:
     row = (await tx.execute(_APPOINTMENT, parameters)).one_or_none()
     if row is not None and row.session_id is None and lock:
         row = (await tx.execute(_LOCKED_APPOINTMENT, parameters)).one()
+        if row.session_id is not None:
+            # This waited for a conversion, whose session only a new statement sees.
+            row = (await tx.execute(_APPOINTMENT, parameters)).one()
     if row is None:
         return Facts(caller_active=True)
     session = None

@@ -123,7 +123,7 @@ async def _announce_end(tx: Transaction, context: SessionContext[CompleteSession
             "doctor_id": facts.doctor_id,
         },
     )
-    await expiry.unblock(tx, [facts.patient_id, facts.doctor_id])
+    await expiry.unblock(tx, [facts.patient_id, facts.doctor_id], session_ended=True)
     _log.info(
         "session_state_changed",
         session_id=facts.id,
