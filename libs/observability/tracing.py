@@ -108,8 +108,9 @@ def configure_tracing(service: str, version: str, metrics: Metrics) -> Tracing:
     """Called once at the start of a process, never at import: exporters do not survive a fork."""
     global _tracing
     endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    ratio = _ratio()
     provider = TracerProvider(
-        sampler=_sampler(_ratio()) if endpoint else ALWAYS_OFF,
+        sampler=_sampler(ratio) if endpoint else ALWAYS_OFF,
         resource=Resource.create({"service.name": service, "service.version": version}),
         id_generator=_IdGenerator(),
         shutdown_on_exit=False,

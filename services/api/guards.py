@@ -7,7 +7,8 @@ A route says in its signature what it needs:
     caller: Annotated[Principal, acting(Permission.BOOK_APPOINTMENTS)]
     tx: Tx                              the request's transaction, committed before the response is sent
 
-A POST that creates something takes an `Idempotency-Key` without asking; sessions have ids of their own for that.
+A POST that creates something takes an `Idempotency-Key` by itself; chat messages have `client_message_id` for that.
+One that asks for no body takes none but an empty object.
 
 `GuardedRoute` raises at import when a route asks for none of the first three. It authenticates before
 the body is read, and opens contexts after the whole request is validated, so that refusals come in the
@@ -17,10 +18,11 @@ promised order: token, size, syntax, identifier, schema, existence, role, flags,
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, cast
 
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.dependencies.models import Dependant
+from fastapi.dependencies.utils import get_dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -43,6 +45,7 @@ from libs.observability.context import note
 from services.api import idempotency
 from services.api.idempotency import IdempotencyKey
 from services.api.identity import Identity
+from services.api.schemas import Empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,10 @@ Tx = Annotated[Transaction, Depends(_transaction, scope="function")]
 async def _claim_key(request: Request, tx: Tx, idempotency_key: IdempotencyKey = None) -> None:
     if idempotency_key is not None:
         await idempotency.claim(request, tx, idempotency_key)
+
+
+async def _no_body(body: Empty | None = None) -> None:
+    """Has the body of a route that wants none read and refused like any other, instead of ignored."""
 
 
 ContextPath = Annotated[
@@ -145,8 +152,12 @@ class GuardedRoute(APIRoute):
     sessions_only = False
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        dependencies = list(options.pop("dependencies", None) or ())
         if options.get("status_code") == 201 and not self.sessions_only:
-            options["dependencies"] = [*(options.get("dependencies") or ()), Depends(_claim_key)]
+            dependencies.append(Depends(_claim_key))
+        if _BODIED.intersection(options.get("methods") or ()) and not _takes_body(path, endpoint):
+            dependencies.append(Depends(_no_body))
+        options["dependencies"] = dependencies
         super().__init__(path, _opening(endpoint), **options)
         nets = list(_nets(self.dependant))
         if not nets or (self.sessions_only and not any(net.session for net in nets)):
@@ -215,6 +226,13 @@ def _opening(endpoint: Callable[..., Any]) -> Callable[..., Any]:
         return await endpoint(**values)
 
     return opened
+
+
+_BODIED: Final = {"POST", "PUT", "PATCH"}
+
+
+def _takes_body(path: str, endpoint: Callable[..., Any]) -> bool:
+    return bool(get_dependant(path=path, call=endpoint).body_params)
 
 
 def _nets(dependant: Dependant) -> Iterator[Net]:

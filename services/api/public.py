@@ -3,6 +3,7 @@
 `PUBLIC` is compared with what really answers an anonymous request; see tests/architecture.
 """
 
+import asyncio
 import html
 from typing import Final
 
@@ -20,6 +21,9 @@ from services.api.schemas import documented
 PUBLIC: Final = frozenset(
     {"/healthz", "/readyz", "/metrics", "/problems/{code}", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
 )
+
+DATABASE_SECONDS: Final = 2.0
+"""A database that has not answered by then is not ready."""
 
 PROBES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked for every few seconds by machines."""
@@ -44,7 +48,7 @@ async def get_readiness(request: Request) -> JSONResponse:
     runtime = runtime_of(request)
     checks = {"database": "ok", "redis": "ok", "worker": "ok"}
     try:
-        async with runtime.database.autocommit() as connection:
+        async with asyncio.timeout(DATABASE_SECONDS), runtime.database.autocommit() as connection:
             alive = await connection.fetchval(_CHECK, float(WORKER_SILENCE_SECONDS))
         checks["worker"] = "ok" if alive else "degraded"
     except Exception as error:

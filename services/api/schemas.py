@@ -23,6 +23,10 @@ class In(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Empty(In):
+    """The body of a request whose address says everything."""
+
+
 class Out(BaseModel):
     """A response body, read from an object of the domain."""
 
@@ -57,14 +61,27 @@ def _in_utc(moment: datetime) -> datetime:
         raise PydanticCustomError("timestamp", "Must be a moment between the years 1 and 9999 in UTC.") from None
 
 
+# Pydantic also reads signs, spaces, underscores and fractions of nothing.
+_DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,18}")
+
+
+def _only_digits(value: Any) -> Any:
+    if isinstance(value, str) and not _DECIMAL.fullmatch(value):
+        raise PydanticCustomError("decimal", "Must be a whole number, written in plain digits.")
+    return value
+
+
 SafeStr = Annotated[str, AfterValidator(_storable)]
 Id = Annotated[int, Field(strict=True, ge=1, le=MAX_ID)]
 Count = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
 Timestamp = Annotated[AwareDatetime, BeforeValidator(_only_text), AfterValidator(_in_utc)]
 
-IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
-Cursor = Annotated[int | None, Query(ge=1, le=MAX_ID, description="`next_cursor` of the page before.")]
-Limit = Annotated[int, Query(ge=1, le=100)]
+Digits = BeforeValidator(_only_digits)
+"""For numbers in paths and queries: each is spelled in one way."""
+
+IdPath = Annotated[int, Path(ge=1, le=MAX_ID), Digits]
+Cursor = Annotated[int | None, Query(ge=1, le=MAX_ID, description="`next_cursor` of the page before."), Digits]
+Limit = Annotated[int, Query(ge=1, le=100), Digits]
 DEFAULT_LIMIT = 50
 
 

@@ -176,9 +176,11 @@ async def _converting(as_json: bool) -> AsyncIterator[tuple[Converter, list[Outc
 
 @contextmanager
 def _progress(as_json: bool) -> Iterator[OnBatch]:
-    """A bar on stderr while a long run lasts."""
+    """A bar on stderr while a long run lasts, for a person who sees it."""
     columns = (TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json) as progress:
+    console = Console(stderr=True)
+    disable = as_json or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         task = progress.add_task("converting", total=None)
 
         def advance(run: Run, batch: list[Outcome], began_ns: int) -> None:

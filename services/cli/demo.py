@@ -3,10 +3,11 @@
 It makes people of its own, so it can be told again at any time and disturbs nobody.
 """
 
+import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
@@ -16,11 +17,10 @@ import typer
 from rich.console import Console
 
 from libs.domain.settings import Settings
-from libs.guardrails import Principal, Role
 from services.cli import home
-from services.cli.errors import CommandError
+from services.cli.errors import CommandError, explain
 from services.cli.home import Home, Whereabouts
-from services.cli.people import issue
+from services.cli.people import token_of
 
 LEAD_SECONDS: Final = 3.0
 """The appointment of the story is so near; long enough to chat too early."""
@@ -44,13 +44,22 @@ def demo(
     console = Console(quiet=as_json)
     told: list[dict[str, Any]] = []
     settings = home.settings(Settings)
+
+    def issue(user_id: int) -> str:
+        return asyncio.run(token_of(settings, user_id))
+
     with httpx2.Client(timeout=10.0) as client:
-        for title, step in Story(client, running, lambda principal: issue(settings, principal)).steps():
+        for title, step in Story(client, running, issue).steps():
             began = time.monotonic()
             try:
                 outcome, ok = step(), True
-            except (UnexpectedError, httpx2.HTTPError) as error:
+            except (UnexpectedError, CommandError, httpx2.HTTPError) as error:
                 outcome, ok = str(error) or type(error).__name__, False
+            except Exception as error:
+                sentence = explain(error)
+                if sentence is None:
+                    raise
+                outcome, ok = sentence, False
             took_ms = round((time.monotonic() - began) * 1000)
             told.append({"step": title, "ok": ok, "outcome": outcome, "ms": took_ms})
             console.print(f"[{'green' if ok else 'red'}]{'✓' if ok else '✗'}[/] {title}", highlight=False)
@@ -72,7 +81,7 @@ class Person:
 class Story:
     """The steps share what they learn: people, the appointment, the session context."""
 
-    def __init__(self, client: httpx2.Client, running: Whereabouts, issue: Callable[[Principal], str]) -> None:
+    def __init__(self, client: httpx2.Client, running: Whereabouts, issue: Callable[[int], str]) -> None:
         self._client = client
         self._issue = issue
         self._running = running
@@ -107,11 +116,10 @@ class Story:
         operator = next((user for user in self._running["users"] if user["role"] == "operator"), None)
         if operator is None:
             raise UnexpectedError("up.json names no operator.")
-        self._people["operator"] = Person(operator["id"], operator["token"])
+        self._people["operator"] = self._person(operator)
         for role, name in (("doctor", "Dr Demo"), ("patient", "Demo Patient")):
             made = self._call("operator", "POST", "/admin/users", 201, role=role, name=name, country="MW")
-            principal = Principal(made["id"], made["tenant_id"], Role(role))
-            self._people[role] = Person(made["id"], self._issue(principal))
+            self._people[role] = self._person(made)
         present = datetime.now(UTC)
         self._call(
             "operator",
@@ -127,6 +135,10 @@ class Story:
             video_calls_remaining=0,
         )
         return f"doctor {self._people['doctor'].id}, patient {self._people['patient'].id} with one text session"
+
+    def _person(self, user: Mapping[str, Any]) -> Person:
+        # Afresh for everybody: the token in up.json is as old as the `up`, which may outlive it.
+        return Person(user["id"], self._issue(user["id"]))
 
     def _book(self) -> str:
         self._appointment = self._call(
@@ -224,7 +236,10 @@ class Story:
     def _expect(self, status: int, response: httpx2.Response) -> Any:
         if response.status_code != status:
             raise UnexpectedError(f"HTTP {response.status_code} instead of {status}: {response.text[:300]}")
-        return response.json()
+        try:
+            return response.json()
+        except ValueError:
+            raise UnexpectedError(f"The answer is no JSON: {response.text[:300]}") from None
 
     def _measure(self) -> dict[str, float]:
         api = self._client.get(f"{self._running['api']}/metrics").text

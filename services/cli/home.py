@@ -104,12 +104,16 @@ class Home:
         return path.read_text()
 
     def read(self) -> Whereabouts | None:
-        """What runs here, or None."""
+        """What runs here, or None. An `up` that was killed leaves its file behind, but not its lock."""
         try:
             whereabouts: Whereabouts = json.loads((self.path / "up.json").read_text())
+            with (self.path / "up.lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return None
-        return whereabouts
+        except BlockingIOError:
+            return whereabouts
+        return None
 
     def write(self, whereabouts: Whereabouts) -> None:
         _write_private(self.path / "up.json", json.dumps(whereabouts, indent=2) + "\n")

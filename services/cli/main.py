@@ -6,7 +6,7 @@ from typing import Final
 
 import typer
 
-from services.cli.errors import CommandError
+from services.cli.errors import CommandError, explain
 
 COMMANDS: Final = {
     "up": "services.cli.up:up",
@@ -35,6 +35,11 @@ def main() -> None:
         app()
     except CommandError as error:
         sys.exit(str(error))
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        sys.exit(sentence)
     except KeyboardInterrupt:
         sys.exit(130)
 

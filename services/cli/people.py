@@ -21,8 +21,10 @@ from services.cli.seed import Silence
 
 
 class Operator(TypedDict):
+    """`token` is null where an identity provider issues tokens."""
+
     id: int
-    token: str
+    token: str | None
 
 
 class Created(TypedDict):
@@ -39,7 +41,7 @@ def token(user: Annotated[int, typer.Option("--user", min=1, help="The id of the
     """Print a bearer token of 12 hours for a user. For development."""
     settings = home.settings(Settings)
     # Alone on its line and undecorated, so that it can be used in $(…).
-    typer.echo(asyncio.run(_token(settings, user)))
+    typer.echo(asyncio.run(token_of(settings, user)))
 
 
 @tenants.command("create")
@@ -47,7 +49,7 @@ def create(
     name: Annotated[str, typer.Argument(help="What the tenant is called.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Create a tenant with its first operator, and print that operator's token."""
+    """Create a tenant with its first operator, and print that operator's token where it is ours to issue."""
     if not name.strip():
         raise CommandError("A tenant needs a name.")
     settings = home.settings(Settings)
@@ -55,12 +57,17 @@ def create(
     if as_json:
         typer.echo(json.dumps(created))
         return
-    operator = created["operator"]
-    say(f"Tenant [bold]{created['tenant_id']}[/bold] with operator [bold]{operator['id']}[/bold], whose token is")
-    typer.echo(operator["token"])
+    tenant_id, operator = created["tenant_id"], created["operator"]
+    made = f"Tenant [bold]{tenant_id}[/bold] with operator [bold]{operator['id']}[/bold]"
+    if operator["token"] is None:
+        say(f"{made}. Have a token issued for sub {operator['id']}, tenant {tenant_id}, role operator.")
+    else:
+        say(f"{made}, whose token is")
+        typer.echo(operator["token"])
 
 
-async def _token(settings: Settings, user_id: int) -> str:
+async def token_of(settings: Settings, user_id: int) -> str:
+    """A token for a user. Raises `CommandError` when there is none, or none to be had."""
     database = _database(settings)
     try:
         async with database.begin() as connection:
@@ -69,7 +76,7 @@ async def _token(settings: Settings, user_id: int) -> str:
         await database.close()
     if row is None:
         raise CommandError(f"There is no user {user_id}. `GET /api/v1/doctors` and up.json name some.")
-    return issue(settings, Principal(row.id, row.tenant_id, Role(row.role)))
+    return _issue(settings, Principal(row.id, row.tenant_id, Role(row.role)))
 
 
 async def _create(settings: Settings, name: str) -> Created:
@@ -78,13 +85,14 @@ async def _create(settings: Settings, name: str) -> Created:
         async with transaction(database, Silence()) as tx:
             tenant_id = await create_tenant(tx, name)
             operator = await create_user(tx, tenant_id, role=Role.OPERATOR, name=f"Operator of {name}", country="MW")
-            issued = issue(settings, Principal(operator.id, tenant_id, Role.OPERATOR))
+            principal = Principal(operator.id, tenant_id, Role.OPERATOR)
+            issued = None if settings.jwt_secret is None else _issue(settings, principal)
     finally:
         await database.close()
     return Created(tenant_id=tenant_id, operator=Operator(id=operator.id, token=issued))
 
 
-def issue(settings: Settings, principal: Principal) -> str:
+def _issue(settings: Settings, principal: Principal) -> str:
     """A token signed with this installation's secret. Raises `CommandError` when it has none."""
     if settings.jwt_secret is None:
         raise CommandError(

@@ -8,8 +8,11 @@ import signal
 import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final
+
+import psutil
 
 Stopping = Sequence[tuple[signal.Signals, float]]
 """Signals, and how many seconds each gives a process to end."""
@@ -58,8 +61,21 @@ async def stop(process: Process, steps: Stopping = ()) -> None:
         except TimeoutError:
             continue
     if process.returncode is None:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            kill(psutil.Process(process.pid))
         await process.wait()
+
+
+def kill(process: psutil.Process) -> None:
+    """Kills a process and all that it has started: children that are frozen would not notice its end.
+
+    Raises `psutil.NoSuchProcess` when it has ended already.
+    """
+    family = process.children(recursive=True)
+    process.kill()
+    for child in family:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def ending(process: Process) -> str:

@@ -24,7 +24,7 @@ HEALTHY_SECONDS: Final = 30.0
 """A service that lived so long starts its pauses anew."""
 
 # With what the servers get (see embedded.py), less than 20 s.
-_STOP: Final[Stopping] = ((signal.SIGTERM, 15.0),)
+_STOP: Final[Stopping] = ((signal.SIGTERM, 13.0),)
 
 
 @dataclass

@@ -47,7 +47,11 @@ def up(
     worker_port: Annotated[int | None, typer.Option(help="The port of the worker's metrics.  [default: 9101]")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Set the present data aside and begin anew.")] = False,
 ) -> None:
-    """Run everything on this machine until Ctrl-C: PostgreSQL, Redis, the API and the worker."""
+    """Run everything on this machine until Ctrl-C: PostgreSQL, Redis, the API and the worker.
+
+    Where SESSIONGATE_DATABASE_URL (with SESSIONGATE_MIGRATIONS_DATABASE_URL) or SESSIONGATE_REDIS_URL is set,
+    that server is used instead of one of its own.
+    """
     place = Home.locate(home)
     place.create()
     with place.lock() as lock:
@@ -72,7 +76,8 @@ async def _until_signalled(home: Home, lock: Lock, port: int | None, worker_port
         asyncio.get_running_loop().add_signal_handler(signum, stop)
     with suppress(asyncio.CancelledError):
         await run
-    say("Stopped; the data is kept.")
+    if run.cancelling():  # rather than ended by a wrong setting, which cancels all that waits
+        say("Stopped; the data is kept.")
 
 
 async def _run(home: Home, lock: Lock, port: int | None, worker_port: int | None, fresh: bool) -> None:
@@ -238,7 +243,7 @@ def _stop_leftovers(lock: Lock) -> None:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 if time.monotonic() > deadline:
-                    process.kill()
+                    processes.kill(process)
                 elif not asked:
                     process.send_signal(signal.SIGINT)
         asked = True

@@ -37,7 +37,7 @@ class Call:
 
     @property
     def takes_body(self) -> bool:
-        return "requestBody" in self.described
+        return self.method != "GET"  # if only to refuse one with anything in it
 
     @property
     def needs_body(self) -> bool:
@@ -49,7 +49,7 @@ class Call:
                 yield parameter["name"], parameter["schema"]
 
     async def send(self, api: Api, path: str | None = None, **request: Any) -> Response:
-        if not request and self.takes_body:
+        if not request and self.body:
             request = {"json": self.body}
         token = {"Authorization": f"Bearer {token_of(self.caller)}"}
         headers = token | request.pop("headers", {})

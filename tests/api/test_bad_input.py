@@ -20,6 +20,7 @@ JSON = {"Content-Type": "application/json"}
 BAD_IDS = (
     *("0", "-1", "1.5", "x", "", "1e3", "0x1", "NaN", "None", "null", "true", "1;1", "1'--", CANARY),
     *(str(2**63), str(2**64), "9" * 400, "9" * 5000),
+    *("+7", "-0", "07", "7.0", "1_0", " 7", "7 "),
     *("%00", "1%00", "%ED%A0%80", "%FF", "%EF%BC%97", "%D9%A7", "1%0A2"),
 )
 BAD_MOMENTS = (
@@ -128,7 +129,7 @@ async def test_no_body_passes_that_is_no_json_object(api: Api, clinic: Clinic, o
                 *(b"[" * 30_000 + b"]" * 30_000, b"[" * 60_000, b'{"a":' * 12_000, b'{"reason": ' + b"[" * 50_000),
                 *(b"9" * 60_000, CANARY.encode(), f"{{{CANARY}: 1}}".encode()),
             ]
-            for content in unreadable:
+            for content in filter(lambda content: content != good, unreadable):
                 body = await call.refused(api, content=content, headers=JSON)
                 assert (body["status"], body["code"]) == (400, "VALIDATION_FAILED"), content[:50]
             others = [

@@ -49,6 +49,15 @@ async def test_both_ends_at_once_and_impossible_positions_are_pointed_at(api: Ap
     assert await refused(limit=101) == ["/limit"]
 
 
+async def test_a_bad_position_is_told_before_anything_about_the_conversation(api: Api, clinic: Clinic) -> None:
+    live, stranger = await clinic.session(), await clinic.patient()
+    for context in (live.context, live.appointment_id, 4711):
+        path = f"/chat/{context}/messages"
+        both = await api.as_(stranger).get(path, params={"after_seq": 1, "before_seq": 5})
+        assert faults(both) == ["/before_seq"]
+        assert (await api.as_(stranger).get(path, params={"after_seq": 1})).status_code == 404
+
+
 async def test_an_operator_reads_and_that_is_audited(api: Api, clinic: Clinic) -> None:
     live = await session_of_ten(api, clinic)
     path = f"/chat/{live.context}/messages"

@@ -50,11 +50,11 @@ class Wire:
             self._ends.append(inner_writer)
             await asyncio.gather(self._carry(reader, inner_writer), self._carry(inner_reader, writer))
 
-    @staticmethod
-    async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while data := await reader.read(65_536):
-                writer.write(data)
+                if self.state == "whole":
+                    writer.write(data)
         except ConnectionError:
             pass
         writer.transport.abort()
@@ -102,6 +102,40 @@ async def test_a_database_that_does_not_answer_is_not_waited_for(
         began = time.monotonic()
         assert overloaded(await api.as_(clinic.operator).get("/me"))
         assert found(await api.anonymous.get("/readyz"), 503)["checks"]["database"] == "failed"
+        assert time.monotonic() - began < 2
+
+
+async def test_readiness_does_not_wait_for_a_database_that_has_frozen(
+    clinic: Clinic, urls: Urls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.api.public.DATABASE_SECONDS", 0.2)
+    async with wire_to(urls.app) as (wire, address), running_api(address, urls.redis) as api:
+        found(await api.anonymous.get("/readyz"))
+        wire.state = "hanging"
+        for _ in range(2):
+            began = time.monotonic()
+            assert found(await api.anonymous.get("/readyz"), 503)["checks"]["database"] == "failed"
+            assert time.monotonic() - began < 1.5
+        wire.cut()
+        wire.state = "whole"
+
+        async def ready() -> bool:
+            return (await api.anonymous.get("/readyz")).is_success
+
+        await until(ready)
+
+
+async def test_stopping_does_not_wait_for_a_database_that_has_frozen(
+    clinic: Clinic, urls: Urls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("libs.domain.db.CLOSE_TIMEOUT", 0.2)
+    async with wire_to(urls.app) as (wire, address):
+        async with running_api(address, urls.redis) as api:
+            client = api.as_(clinic.operator)
+            for response in await asyncio.gather(*(client.get("/me") for _ in range(5))):
+                found(response)
+            wire.state = "hanging"
+            began = time.monotonic()
         assert time.monotonic() - began < 2
 
 

@@ -63,6 +63,17 @@ async def test_a_new_tenant_has_an_operator_who_can_fill_it_and_sees_no_other(
     assert [each["id"] for each in doctors] == [added.json()["id"]]
 
 
+async def test_a_tenant_can_be_created_where_another_party_issues_tokens(
+    clinic: Clinic, known: dict[str, str], tmp_path: Path
+) -> None:
+    env = {**known, "SESSIONGATE_JWT_SECRET": "", "SESSIONGATE_JWT_JWKS": "keys.json"}
+    told = json.loads(sessiongate(tmp_path, "tenants", "create", "Riverside", "--json", env=env).stdout)
+    assert told["operator"]["token"] is None
+    shown = sessiongate(tmp_path, "tenants", "create", "Hillside", env=env | {"COLUMNS": "200"})
+    assert "Have a token issued for sub" in shown.stdout
+    assert await clinic.fetchval("SELECT count(*) FROM users WHERE role = 'operator'") == 3
+
+
 async def test_a_tenant_needs_a_name(clinic: Clinic, known: dict[str, str], tmp_path: Path) -> None:
     refused = sessiongate(tmp_path, "tenants", "create", "  ", env=known)
     assert (refused.returncode, refused.stderr) == (1, "A tenant needs a name.\n")

@@ -134,6 +134,23 @@ async def test_data_outlives_every_end_and_processes_do_not(start_up: StartUp, f
     assert third.end(signal.SIGTERM) == 0
 
 
+def test_it_stops_in_time_even_if_the_servers_have_frozen(start_up: StartUp, folder: Path) -> None:
+    up = start_up(folder)
+    up.wait_for("Ctrl-C")
+    found = up.whereabouts()["pids"]
+    servers = [psutil.Process(found[name]) for name in ("postgres", "redis")]
+    frozen = [process for server in servers for process in (server, *server.children(recursive=True))]
+    children = up.children()
+    for process in frozen:
+        process.suspend()
+    try:
+        assert up.end(signal.SIGINT) == 0  # within STOP_SECONDS
+        assert [process for process in (*children, *frozen) if is_alive(process)] == []
+    finally:
+        for process in filter(is_alive, frozen):
+            process.kill()
+
+
 async def test_given_servers_are_used_instead_of_embedded_ones(
     start_up: StartUp, folder: Path, urls: Any, servers: Servers
 ) -> None:
@@ -174,6 +191,7 @@ def test_data_of_another_postgresql_is_refused_and_not_touched(start_up: StartUp
     [
         ("ENFORCE_SESSION_GATED_CHAT", "perhaps", "ENFORCE_SESSION_GATED_CHAT must be true or false.\n"),
         ("SESSIONGATE_JWT_SECRET", "swordfish", "SESSIONGATE_JWT_SECRET must be at least 32 bytes long.\n"),
+        ("SESSIONGATE_METRICS_ALLOW", "300.0.0.0/8", "SESSIONGATE_METRICS_ALLOW must be networks such as 10.0.0.0/8"),
         ("SESSIONGATE_DATABASE_URL", "mysql://swordfish", "SESSIONGATE_DATABASE_URL must be an address such as"),
     ],
 )
@@ -181,6 +199,7 @@ def test_a_wrong_setting_is_named_and_not_repeated(folder: Path, variable: str, 
     refused = sessiongate(folder, "up", "--home", "home", env={variable: value})
     assert refused.returncode == 2
     assert refused.stderr.startswith(sentence)
+    assert refused.stdout == ""
     assert value not in refused.stderr
     assert not (folder / "home" / "postgres").exists()
 

@@ -1,7 +1,7 @@
 import time
 from typing import Annotated
 
-from fastapi import Query, Request, Response
+from fastapi import Depends, Query, Request, Response
 
 from libs.domain.chat import messages
 from libs.domain.chat.messages import After, Before, Newest, NewMessage
@@ -11,7 +11,7 @@ from libs.guardrails.operations import GetMessages, SendMessage
 from libs.observability.tracing import span
 from services.api.chat.schemas import HistoryOut, MessageOut, SendMessageIn
 from services.api.guards import Can, Claimed, Tx, guarded_router, runtime_of
-from services.api.schemas import DEFAULT_LIMIT, Limit, refusals
+from services.api.schemas import DEFAULT_LIMIT, Digits, Limit, refusals
 
 router = guarded_router("/chat/{context}", tag="chat", sessions_only=True)
 
@@ -24,7 +24,17 @@ _BY_APPOINTMENT = (
     Reason.SESSION_NOT_ACTIVE,
 )
 
-Seq = Annotated[int | None, Query(ge=0, le=MAX_ID)]
+Seq = Annotated[int | None, Query(ge=0, le=MAX_ID), Digits]
+
+
+async def _page(after_seq: Seq = None, before_seq: Seq = None) -> Newest | After | Before:
+    """A dependency, so that its refusal comes before the context is opened."""
+    if after_seq is not None and before_seq is not None:
+        errors = [{"pointer": "/before_seq", "in": "query", "detail": "Give after_seq or before_seq, not both."}]
+        raise Refused(Reason.VALIDATION_FAILED, errors=errors)
+    if after_seq is not None:
+        return After(after_seq)
+    return Newest() if before_seq is None else Before(before_seq)
 
 
 @router.post("/messages", status_code=201, responses=refusals(*_BY_APPOINTMENT, Reason.IDEMPOTENCY_CONFLICT))
@@ -50,20 +60,10 @@ async def send_message(
 async def get_messages(
     context: Can[GetMessages],
     tx: Tx,
-    after_seq: Seq = None,
-    before_seq: Seq = None,
+    page: Annotated[Newest | After | Before, Depends(_page)],
     limit: Limit = DEFAULT_LIMIT,
 ) -> HistoryOut:
     """A page of the conversation: what follows `after_seq`, what precedes `before_seq`, or the newest."""
-    history = await messages.history(tx, context, _page(after_seq, before_seq), limit)
+    history = await messages.history(tx, context, page, limit)
     items = [MessageOut.of(message) for message in history.items]
     return HistoryOut(items=items, has_more=history.has_more, last_seq=history.last_seq)
-
-
-def _page(after_seq: int | None, before_seq: int | None) -> Newest | After | Before:
-    if after_seq is not None and before_seq is not None:
-        errors = [{"pointer": "/before_seq", "in": "query", "detail": "Give after_seq or before_seq, not both."}]
-        raise Refused(Reason.VALIDATION_FAILED, errors=errors)
-    if after_seq is not None:
-        return After(after_seq)
-    return Newest() if before_seq is None else Before(before_seq)
