@@ -134,23 +134,6 @@ async def test_data_outlives_every_end_and_processes_do_not(start_up: StartUp, f
     assert third.end(signal.SIGTERM) == 0
 
 
-def test_it_stops_in_time_even_if_the_servers_have_frozen(start_up: StartUp, folder: Path) -> None:
-    up = start_up(folder)
-    up.wait_for("Ctrl-C")
-    found = up.whereabouts()["pids"]
-    servers = [psutil.Process(found[name]) for name in ("postgres", "redis")]
-    frozen = [process for server in servers for process in (server, *server.children(recursive=True))]
-    children = up.children()
-    for process in frozen:
-        process.suspend()
-    try:
-        assert up.end(signal.SIGINT) == 0  # within STOP_SECONDS
-        assert [process for process in (*children, *frozen) if is_alive(process)] == []
-    finally:
-        for process in filter(is_alive, frozen):
-            process.kill()
-
-
 async def test_given_servers_are_used_instead_of_embedded_ones(
     start_up: StartUp, folder: Path, urls: Any, servers: Servers
 ) -> None:
