@@ -50,6 +50,9 @@ DUE: Final = "status = 'CONFIRMED' AND session_id IS NULL AND kind = 'consultati
 """Which appointments wait for their session. The job, the gauge, the monitor and the partial index
 share this text; an appointment is due once `starts_at` and `next_attempt_at` have passed."""
 
+BACKLOG: Final = f"{DUE} AND starts_at <= clock()"
+"""Which appointments should have had their session by now, those that wait for their next attempt included."""
+
 LIVE: Final = "status IN ('waiting', 'connecting', 'active')"
 """Which sessions are live. Shared by the two unique indexes and every query that means it."""
 

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from httpx2 import Response
 
-from libs.guardrails import Principal
+from libs.guardrails import Principal, Role
 from tests.clinic import Clinic
 from tests.running import Api
 
@@ -42,6 +42,18 @@ def moment(text: str) -> datetime:
     """A timestamp of an answer: RFC 3339 in UTC, spelled `Z`."""
     assert text.endswith("Z")
     return datetime.fromisoformat(text)
+
+
+async def strangers(clinic: Clinic) -> list[Principal]:
+    """People of this clinic and of another who take part in nothing."""
+    elsewhere = await Clinic.open(clinic.database, "Elsewhere")
+    return [
+        await clinic.patient(),
+        await clinic.doctor(),
+        await clinic.person(Role.SERVICE),
+        elsewhere.operator,
+        await elsewhere.patient(),
+    ]
 
 
 async def ahead(clinic: Clinic, by: timedelta) -> str:

@@ -5,8 +5,8 @@ from typing import Any, Final
 
 import pytest
 
-from libs.guardrails import Principal, Role
-from tests.api.expect import DAY, found, problem
+from libs.guardrails import Principal
+from tests.api.expect import DAY, found, problem, strangers
 from tests.clinic import MINUTE, Clinic, LiveSession
 from tests.clock import Clock
 from tests.conftest import MakeApi
@@ -136,17 +136,9 @@ async def test_what_was_said_before_the_session_is_part_of_it(make_api: MakeApi,
 
 
 async def test_chat_is_hidden_from_strangers_and_closed_to_operators(api: Api, clinic: Clinic) -> None:
-    elsewhere = await Clinic.open(clinic.database, "Elsewhere")
-    live = await clinic.session()
-    strangers = [
-        await clinic.patient(),
-        await clinic.doctor(),
-        await clinic.person(Role.SERVICE),
-        elsewhere.operator,
-        await elsewhere.patient(),
-    ]
+    live, outsiders = await clinic.session(), await strangers(clinic)
     for identifier, code in ((live.context, "SESSION_NOT_FOUND"), (live.appointment_id, "APPOINTMENT_NOT_FOUND")):
-        for stranger in strangers:
+        for stranger in outsiders:
             problem(await send(api, stranger, identifier), 404, code)
             problem(await read(api, stranger, identifier), 404, code)
         problem(await send(api, clinic.operator, identifier), 403, "ROLE_NOT_ALLOWED")

@@ -5,7 +5,7 @@ import pytest
 
 from libs.domain.db import Database
 from libs.guardrails import Role
-from tests.api.expect import faults, found, moment, problem
+from tests.api.expect import faults, found, moment, problem, strangers
 from tests.clinic import MINUTE, Clinic
 from tests.clock import Clock
 from tests.running import Api
@@ -62,17 +62,9 @@ async def test_a_session_is_shown_to_its_parties_and_operators(
         }
 
 
-async def test_strangers_do_not_learn_that_a_session_exists(api: Api, clinic: Clinic, database: Database) -> None:
-    elsewhere = await Clinic.open(database, "Elsewhere")
+async def test_strangers_do_not_learn_that_a_session_exists(api: Api, clinic: Clinic) -> None:
     live = await clinic.session()
-    strangers = [
-        await clinic.patient(),
-        await clinic.doctor(),
-        await clinic.person(Role.SERVICE),
-        elsewhere.operator,
-        await elsewhere.patient(),
-    ]
-    for stranger in strangers:
+    for stranger in await strangers(clinic):
         client = api.as_(stranger)
         theirs = await client.get(f"/sessions/{live.context}")
         nobodys = await client.get(f"/sessions/text_session:{2**63 - 1}")

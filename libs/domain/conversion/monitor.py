@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from libs.domain.db import Database
-from libs.domain.tables import DUE
+from libs.domain.tables import BACKLOG
 
 Level = Literal["ok", "warning", "critical"]
 
@@ -83,7 +83,7 @@ _NOW: Final = f"""
         (SELECT count(*) FROM appointments WHERE parked_at IS NOT NULL AND status = 'CONFIRMED'
             AND ($1::bigint IS NULL OR tenant_id = $1)) AS parked
     FROM appointments
-    WHERE {DUE} AND starts_at <= clock() AND ($1::bigint IS NULL OR tenant_id = $1)
+    WHERE {BACKLOG} AND ($1::bigint IS NULL OR tenant_id = $1)
 """
 
 _ATTEMPTS: Final = """
@@ -114,7 +114,7 @@ _SAMPLES: Final = """
 _SAMPLE: Final = f"""
     WITH slot AS (SELECT date_bin('{SAMPLE_SECONDS} seconds', clock(), 'epoch') AS at),
     pruned AS (DELETE FROM conversion_samples WHERE slot < clock() - interval '{SAMPLES_KEPT}'),
-    due AS (SELECT tenant_id, count(*) AS due FROM appointments WHERE {DUE} AND starts_at <= clock() GROUP BY 1),
+    due AS (SELECT tenant_id, count(*) AS due FROM appointments WHERE {BACKLOG} GROUP BY 1),
     parked AS (
         SELECT tenant_id, count(*) AS parked FROM appointments
         WHERE parked_at IS NOT NULL AND status = 'CONFIRMED' GROUP BY 1),

@@ -13,8 +13,8 @@ database did not return is a conflict, whatever the judge believed.
 from typing import Final
 
 from libs.domain.conversion.causes import CAUSES, MAX_FAILURES, SkipReason
-from libs.domain.outbox.events import LANES, Consumer, EventName
-from libs.domain.tables import DUE, LIVE
+from libs.domain.outbox.events import LANES, EventName, deliver
+from libs.domain.tables import BACKLOG, DUE, LIVE
 
 LOCK_KEY: Final = 0x5E5510
 """Advisory lock of the one converter; parallel ones would only deadlock each other."""
@@ -84,6 +84,9 @@ _NEW_SPAN: Final = "substr(replace(gen_random_uuid()::text, '-', ''), 17, 16)"
 # The flags of a traceparent are a bit field; the lowest bit says that the trace is kept.
 _SAMPLED: Final = "right(j.carrier ->> 'traceparent', 1) = ANY ('{1,3,5,7,9,b,d,f}')"
 
+# After so many failures in a row, the wait before the next attempt.
+_BACKOFF: Final = "least(interval '1 hour', interval '1 minute' * power(2, least({}, 7) - 1))"
+
 _WRITE: Final = f"""
     created AS (
         INSERT INTO sessions (tenant_id, kind, modality, source, appointment_id, patient_id, doctor_id,
@@ -118,7 +121,7 @@ _WRITE: Final = f"""
             -- A busy party is nobody's fault: until the slot is over, try again soon and do not count it.
             SELECT failures,
                 clock() + CASE WHEN counts
-                    THEN least(interval '1 hour', interval '1 minute' * power(2, least(failures, 7) - 1))
+                    THEN {_BACKOFF.format("failures")}
                     ELSE interval '10 seconds' END,
                 CASE WHEN counts AND failures >= {MAX_FAILURES} THEN clock() END
             FROM (SELECT NOT (o.cause = 'party_busy' AND o.ends_at > clock()) AS counts) AS blame,
@@ -160,11 +163,7 @@ _WRITE: Final = f"""
         FROM outcome WHERE result = 'created'
         RETURNING id, aggregate
     ),
-    delivery AS (
-        INSERT INTO outbox_deliveries (event_id, consumer, lane, aggregate)
-        SELECT e.id, consumer, '{LANES[EventName.SESSION_STARTED]}', e.aggregate
-        FROM event e CROSS JOIN unnest('{{{",".join(Consumer)}}}'::text[]) AS consumer
-    )
+    delivery AS ({deliver(f"'{LANES[EventName.SESSION_STARTED]}'")})
     SELECT o.id AS appointment_id, o.tenant_id, o.modality, o.result, o.attempt, o.session_id, o.span_id, o.carrier,
            coalesce(o.skip, known.reason) AS reason, known.message AS error_message,
            coalesce(b.parked, false) AS parked
@@ -213,8 +212,7 @@ RECORD_CULPRIT: Final = _RECORD_FAILURE.format(
     culprit=f"""
         UPDATE appointments
         SET conversion_attempts = conversion_attempts + 1, conversion_failures = conversion_failures + 1,
-            next_attempt_at = clock() + least(interval '1 hour',
-                interval '1 minute' * power(2, least(conversion_failures, 6))),
+            next_attempt_at = clock() + {_BACKOFF.format("conversion_failures + 1")},
             parked_at = CASE WHEN conversion_failures + 1 >= {MAX_FAILURES} THEN clock() END,
             updated_at = clock()
         WHERE id = $2
@@ -252,7 +250,7 @@ FORESEE: Final = f"""
 """
 """What recovery would do, read only. Parameters as for `CONVERT_RECOVERABLE`."""
 
-COUNT_DUE: Final = f"SELECT count(*) FROM appointments WHERE {DUE} AND starts_at <= clock()"
+COUNT_DUE: Final = f"SELECT count(*) FROM appointments WHERE {BACKLOG}"
 
 RECORD_RUN: Final = """
     INSERT INTO conversion_runs AS run (run_id, task, worker, counted, due_count, created_count, skipped_count,

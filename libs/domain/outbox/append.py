@@ -7,19 +7,18 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.expression import bindparam
 
 from libs.domain.jobs import DispatchOutbox
-from libs.domain.outbox.events import LANES, Consumer, EventName, Lane
+from libs.domain.outbox.events import LANES, EventName, Lane, deliver
 from libs.domain.transaction import Transaction
 from libs.observability.context import carrier
 
 _APPEND: Final = text(
-    """
+    f"""
     WITH event AS (
         INSERT INTO outbox_events (tenant_id, name, aggregate, payload, correlation_id, trace_context)
         VALUES (:tenant_id, :name, :aggregate, :payload, :correlation_id, :trace_context)
         RETURNING id, aggregate
     )
-    INSERT INTO outbox_deliveries (event_id, consumer, lane, aggregate)
-    SELECT event.id, consumer, :lane, event.aggregate FROM event, unnest(CAST(:consumers AS text[])) AS consumer
+    {deliver(":lane")}
     """
 ).bindparams(bindparam("payload", type_=JSONB), bindparam("trace_context", type_=JSONB))
 
@@ -41,7 +40,6 @@ async def append(tx: Transaction, name: EventName, *, tenant_id: int, aggregate:
             "correlation_id": trace.get("correlation_id"),
             "trace_context": trace,
             "lane": LANES.get(name, Lane.NORMAL).value,
-            "consumers": [consumer.value for consumer in Consumer],
         },
     )
     tx.ring(DispatchOutbox())

@@ -33,3 +33,13 @@ LANES: Final[dict[EventName, Lane]] = {
     EventName.SESSION_ENDED: Lane.URGENT,
 }
 """Everything not named here travels in the normal lane."""
+
+
+def deliver(lane: str) -> str:
+    """The SQL that gives every consumer its delivery of each row of the CTE `event` (id, aggregate); `lane`
+    is an SQL expression."""
+    return f"""
+        INSERT INTO outbox_deliveries (event_id, consumer, lane, aggregate)
+        SELECT event.id, consumer, {lane}, event.aggregate
+        FROM event CROSS JOIN unnest('{{{",".join(Consumer)}}}'::text[]) AS consumer
+    """

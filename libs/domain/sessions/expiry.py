@@ -5,9 +5,9 @@ from typing import Any, Final
 from sqlalchemy import text
 
 from libs.domain.jobs import ConvertDue, DispatchOutbox
-from libs.domain.outbox.events import LANES, Consumer, EventName, Lane
+from libs.domain.outbox.events import LANES, EventName, Lane, deliver
 from libs.domain.sessions.facts import OVERDUE
-from libs.domain.tables import DUE
+from libs.domain.tables import BACKLOG
 from libs.domain.telemetry import logger
 from libs.domain.transaction import Transaction
 
@@ -19,15 +19,13 @@ _UNBLOCK: Final = f"""
     UPDATE appointments SET next_attempt_at = clock()
     WHERE id IN (
         SELECT id FROM appointments
-        WHERE {DUE} AND starts_at <= clock() AND (patient_id = ANY (:users) OR doctor_id = ANY (:users))
+        WHERE {BACKLOG} AND (patient_id = ANY (:users) OR doctor_id = ANY (:users))
         {{lock}}
     )
 """
 _UNBLOCK_PARTIES: Final = text(_UNBLOCK.format(lock="FOR UPDATE"))
 # A conversion that holds one of them may be waiting for the end of this very session.
 _UNBLOCK_AFTER_SESSION: Final = text(_UNBLOCK.format(lock="FOR UPDATE SKIP LOCKED"))
-
-_CONSUMERS: Final = "'{" + ",".join(Consumer) + "}'::text[]"
 
 EXPIRED_AT_ONCE: Final = 1000
 """At most so many rows are expired by one statement."""
@@ -68,10 +66,7 @@ _EXPIRE_SESSIONS: Final = f"""
         FROM overdue
         RETURNING id, aggregate
     ),
-    delivery AS (
-        INSERT INTO outbox_deliveries (event_id, consumer, lane, aggregate)
-        SELECT e.id, consumer, :lane, e.aggregate FROM event e, unnest({_CONSUMERS}) AS consumer
-    )
+    delivery AS ({deliver(":lane")})
     SELECT o.id, o.tenant_id, o.appointment_id, o.patient_id, o.doctor_id, e.status
     FROM overdue o JOIN ended e ON e.id = o.id
 """
@@ -97,10 +92,7 @@ _EXPIRE_PENDING: Final = text(
         FROM expired
         RETURNING id, aggregate
     ),
-    delivery AS (
-        INSERT INTO outbox_deliveries (event_id, consumer, lane, aggregate)
-        SELECT e.id, consumer, :lane, e.aggregate FROM event e, unnest({_CONSUMERS}) AS consumer
-    )
+    delivery AS ({deliver(":lane")})
     SELECT count(*) FROM expired
     """
 )
