@@ -42,6 +42,7 @@ _CONFIGURE: Final = """
 # 55P03 lock not available, 25P03 and 25P04 idle in transaction and transaction timeout.
 _TRANSIENT_CLASSES: Final = {"08", "40", "53", "57"}
 _TRANSIENT_STATES: Final = {"55P03", "25P03", "25P04"}
+_CONFLICT_STATES: Final = {"40001", "40P01"}
 
 
 class Database:
@@ -114,11 +115,23 @@ class Database:
                 await asyncio.gather(self._transactions.dispose(), self._autocommit.dispose())
 
 
+def driver_error(error: BaseException) -> BaseException:
+    """What the driver raised, without what SQLAlchemy wraps around it."""
+    cause = getattr(error, "orig", None)
+    return getattr(cause, "__cause__", None) or cause or error
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether the server undid the transaction in favour of another one: repeated, it can succeed at once."""
+    return getattr(driver_error(error), "sqlstate", None) in _CONFLICT_STATES
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether trying again later can help: locks, deadlocks, timeouts, overload, a lost connection.
 
     Everything else is the fault of the data or of the statement.
     """
+    error = driver_error(error)
     if isinstance(error, asyncpg.PostgresError):
         state: str = error.sqlstate or ""
         return state[:2] in _TRANSIENT_CLASSES or state in _TRANSIENT_STATES

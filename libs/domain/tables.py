@@ -178,10 +178,17 @@ appointments = Table(
     Index("appointments_parked_idx", "starts_at", postgresql_where=text("parked_at IS NOT NULL")),
     Index("appointments_pending_idx", "starts_at", postgresql_where=text("status = 'PENDING'")),
     UniqueConstraint("tenant_id", "id"),
-    Index(None, "patient_id", "id"),
-    Index(None, "doctor_id", "id"),
     # Conversions leave dead entries at the head of the due index; vacuum them early.
     postgresql_with={"autovacuum_vacuum_scale_factor": "0.01"},
+)
+
+# Whose appointments these are: what lists by person. Indexes of `appointments` itself would be written again by
+# each conversion, on a page of their own for each person. Filled by a trigger.
+appointment_parties = Table(
+    "appointment_parties",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("appointment_id", BigInteger, ForeignKey("appointments.id"), primary_key=True, autoincrement=False),
 )
 
 busy_intervals = Table(

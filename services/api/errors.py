@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from libs.domain.db import is_transient
+from libs.domain.db import driver_error, is_transient
 from libs.domain.telemetry import logger
 from libs.guardrails import Kind, Reason, Refused
 from libs.observability.context import correlation_id
@@ -143,10 +143,8 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         return answer(request, Refused(reason, status=error.status_code), headers)
 
     async def on_database(request: Request, error: Exception) -> JSONResponse:
-        cause = getattr(error, "orig", None)
-        driver_error = getattr(cause, "__cause__", None) or cause or error
-        if isinstance(error, PoolTimeout) or is_transient(driver_error):
-            _log.warning("database_unavailable", exception_type=type(driver_error).__name__)
+        if isinstance(error, PoolTimeout) or is_transient(error):
+            _log.warning("database_unavailable", exception_type=type(driver_error(error)).__name__)
             return answer(request, Refused(Reason.OVERLOADED, retry_after=OVERLOAD_RETRY_AFTER))
         return await on_fault(request, error)
 

@@ -15,18 +15,24 @@ the body is read, and opens contexts after the whole request is validated, so th
 promised order: token, size, syntax, identifier, schema, existence, role, flags, state.
 """
 
+import asyncio
 import functools
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, cast
 
+import asyncpg
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.dependencies.utils import get_dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
+from libs.domain.db import is_conflict
 from libs.domain.runtime import Runtime
 from libs.domain.sessions.door import open_session
 from libs.domain.transaction import Transaction
@@ -176,9 +182,7 @@ class GuardedRoute(APIRoute):
             if not statement_decides:
                 await _require_active(request, identity, principal)
             try:
-                response = await handle(request)
-                await idempotency.keep(request, response)
-                return response
+                return await _committed(handle, request)
             except idempotency.Replayed as replayed:
                 return replayed.response
             except (RequestValidationError, HTTPException, Refused) as error:
@@ -198,6 +202,27 @@ class SessionRoute(GuardedRoute):
 def guarded_router(prefix: str, *, tag: str, sessions_only: bool = False) -> APIRouter:
     """The only way to make a router outside of `public.py`."""
     return APIRouter(prefix=prefix, tags=[tag], route_class=SessionRoute if sessions_only else GuardedRoute)
+
+
+CONFLICT_RETRIES: Final = 3
+CONFLICT_PAUSE_SECONDS: Final = 0.05
+
+
+async def _committed(handle: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+    """The answer of `handle`, once its transaction is committed. A deadlock or a serialisation failure has undone
+    all of it, and the request is handled anew, a few times."""
+    for retries_left in reversed(range(CONFLICT_RETRIES + 1)):
+        try:
+            async with AsyncExitStack() as attempt:
+                request.scope["fastapi_function_astack"] = attempt  # where the framework closes what `Tx` opened
+                response = await handle(request)
+                await idempotency.keep(request, response)
+            return response
+        except (DBAPIError, asyncpg.PostgresError) as error:
+            if not (retries_left and is_conflict(error)):
+                raise
+        await asyncio.sleep(random.uniform(0, CONFLICT_PAUSE_SECONDS))  # noqa: S311 not for secrecy
+    raise AssertionError("unreachable")
 
 
 _ACTIVE = "SELECT EXISTS (SELECT FROM users WHERE tenant_id = $1 AND id = $2 AND role = $3 AND active)"

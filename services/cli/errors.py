@@ -16,21 +16,20 @@ class CommandError(Exception):
     """The command cannot go on. The message is a sentence for people; `main` prints it and exits with 1."""
 
 
-def explain(error: Exception) -> str | None:
+def explain(error: BaseException) -> str | None:
     """What is wrong with the database or a file, and what to do about it; None for any other fault."""
     # Here: whoever asks for help need not wait for these imports, and after a fault nobody does.
     import asyncpg
     from sqlalchemy.exc import SQLAlchemyError
     from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-    from libs.domain.db import is_transient
+    from libs.domain.db import driver_error, is_transient
 
     if isinstance(error, PoolTimeout):
         return f"The database is busy: no connection became free. {_AGAIN}"
     if isinstance(error, SQLAlchemyError):
-        driver_error = getattr(error, "orig", None)
-        cause = getattr(driver_error, "__cause__", None) or driver_error
-        return explain(cause) if isinstance(cause, Exception) else f"The database cannot be used: {error}"
+        cause = driver_error(error)
+        return f"The database cannot be used: {error}" if cause is error else explain(cause)
     if isinstance(error, asyncpg.PostgresError):
         state: str = error.sqlstate or ""
         if state.startswith(_NOT_LET_IN):

@@ -11,7 +11,7 @@ CHANGED_IN_PLACE = {
     *("tenants", "users", "subscriptions", "appointments", "busy_intervals", "sessions", "conversations"),
     *("participants", "conversion_runs", "outbox_deliveries", "notifications"),
 }
-ONLY_ADDED_TO = {"messages", "conversion_attempts", "outbox_events", "audit_log"}
+ONLY_ADDED_TO = {"appointment_parties", "messages", "conversion_attempts", "outbox_events", "audit_log"}
 SWEPT = {
     "workers": {"INSERT", "UPDATE", "DELETE"},
     "conversion_samples": {"INSERT", "DELETE"},

@@ -1,14 +1,18 @@
 import asyncio
 import sys
 from asyncio.subprocess import PIPE, STDOUT
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 import pytest
+from alembic import command
+from alembic.config import Config
 
 from services.cli.errors import CommandError
-from services.cli.migrate import upgrade
+from services.cli.migrate import MIGRATIONS, upgrade
 from tests.migrations.test_schema import catalogue
+from tests.population import populate
 
 LOCK_OF_MIGRATIONS = 7_216_443_004
 UPGRADE = "import sys; from services.cli.migrate import upgrade; upgrade(sys.argv[1])"
@@ -22,6 +26,23 @@ async def test_upgrading_again_changes_nothing(empty: str) -> None:
     await asyncio.to_thread(upgrade, empty)
     assert await catalogue(empty) == before
     assert await connection.fetchval("SELECT name FROM tenants") == "Clinic"
+    await connection.close()
+
+
+async def test_the_parties_of_older_appointments_are_known_after_the_upgrade(empty: str) -> None:
+    config = Config(attributes={"url": empty})
+    config.set_main_option("script_location", str(MIGRATIONS))
+    await asyncio.to_thread(command.upgrade, config, "0001")
+    connection = await asyncpg.connect(empty)
+    await populate(connection, 3, datetime.now(UTC))
+    await asyncio.to_thread(upgrade, empty)
+    await populate(connection, 2, datetime.now(UTC))
+    parties = "SELECT appointment_id, user_id FROM appointment_parties ORDER BY 1, 2"
+    of_appointments = """
+        SELECT id, patient_id FROM appointments UNION ALL SELECT id, doctor_id FROM appointments ORDER BY 1, 2
+    """
+    assert len(await connection.fetch(parties)) == 10
+    assert await connection.fetch(parties) == await connection.fetch(of_appointments)
     await connection.close()
 
 

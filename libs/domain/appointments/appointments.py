@@ -14,7 +14,7 @@ from libs.domain.jobs import ConvertDue
 from libs.domain.outbox.append import append
 from libs.domain.outbox.events import EventName
 from libs.domain.pages import Page, page_of
-from libs.domain.tables import appointments, sessions
+from libs.domain.tables import appointment_parties, appointments, sessions
 from libs.domain.transaction import Transaction
 from libs.guardrails import Permission, Principal, Reason, Refused, Role, SessionKind, SessionRef, SessionStatus
 from libs.guardrails.decision import PARKED_RETRY_AFTER
@@ -186,10 +186,15 @@ async def listed(
     tx: Transaction, caller: Principal, *, status: Status | None, cursor: int | None, limit: int
 ) -> Page[Appointment]:
     """The caller's appointments, newest first; an operator sees those of the tenant."""
-    statement = _seen_by(caller)
+    statement, key = _seen_by(caller), appointments.c.id
+    if caller.role is not Role.OPERATOR:
+        key = appointment_parties.c.appointment_id
+        statement = statement.join_from(appointments, appointment_parties).where(
+            appointment_parties.c.user_id == caller.user_id
+        )
     if status is not None:
         statement = statement.where(appointments.c.status == status.value)
-    return await page_of(tx, statement, appointments.c.id, cursor, limit, _appointment)
+    return await page_of(tx, statement, key, cursor, limit, _appointment)
 
 
 async def confirm(tx: Transaction, caller: Principal, appointment_id: int) -> Appointment:

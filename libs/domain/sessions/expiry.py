@@ -19,7 +19,7 @@ _UNBLOCK: Final = f"""
     UPDATE appointments SET next_attempt_at = clock()
     WHERE id IN (
         SELECT id FROM appointments
-        WHERE {BACKLOG} AND (patient_id = ANY (:users) OR doctor_id = ANY (:users))
+        WHERE {BACKLOG} AND id IN (SELECT appointment_id FROM appointment_parties WHERE user_id = ANY (:users))
         {{lock}}
     )
 """
