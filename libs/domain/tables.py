@@ -270,6 +270,8 @@ conversations = Table(
     Column("appointment_id", BigInteger, unique=True),
     Column("session_id", BigInteger, unique=True),
     Column("last_seq", BigInteger, nullable=False, server_default=text("0")),
+    # Counts the changes of reactions, as `last_seq` counts messages.
+    Column("revision", BigInteger, nullable=False, server_default=text("0")),
     _time("created_at", default_now=True),
     _within_tenant("appointment_id", "appointments"),
     _within_tenant("session_id", "sessions"),
@@ -284,6 +286,9 @@ participants = Table(
     Column("user_id", BigInteger, primary_key=True),
     _tenant(),
     Column("role", Text, nullable=False),
+    Column("last_read_seq", BigInteger, nullable=False, server_default=text("0")),
+    # When the sender would have sent all so far at the even pace of the rate limit (GCRA).
+    _time("paced_at"),
     _within_tenant("conversation_id", "conversations"),
     _person("user_id"),
 )
@@ -298,15 +303,56 @@ messages = Table(
     Column("sender_id", BigInteger, nullable=False),
     Column("client_message_id", Text, nullable=False),
     Column("kind", Text, nullable=False),
-    Column("body", Text, nullable=False),
+    # Readable, or sealed with the key that `key_id` names.
+    Column("body", Text),
+    Column("sealed_body", LargeBinary),
+    Column("key_id", Text),
     Column("media_url", Text),
+    Column("reply_to_seq", BigInteger),
     _time("sent_at", default_now=True),
     _within_tenant("conversation_id", "conversations"),
     ForeignKeyConstraint(["conversation_id", "sender_id"], ["participants.conversation_id", "participants.user_id"]),
+    ForeignKeyConstraint(["conversation_id", "reply_to_seq"], ["messages.conversation_id", "messages.seq"]),
     UniqueConstraint("conversation_id", "seq"),
     UniqueConstraint("conversation_id", "client_message_id"),
     CheckConstraint("kind IN ('text', 'image', 'voice')", name="kind"),
     CheckConstraint("seq > 0", name="seq"),
+    CheckConstraint(
+        "(body IS NULL) = (sealed_body IS NOT NULL) AND (sealed_body IS NULL) = (key_id IS NULL)", name="body"
+    ),
+    CheckConstraint("reply_to_seq < seq", name="reply"),
+)
+
+reactions = Table(
+    "reactions",
+    metadata,
+    Column("conversation_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("message_seq", BigInteger, primary_key=True),
+    Column("user_id", BigInteger, primary_key=True),
+    Column("emoji", Text, primary_key=True),
+    # A reaction that was taken back stays as a row, so that whoever was away learns of it.
+    Column("present", Boolean, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    ForeignKeyConstraint(["conversation_id", "message_seq"], ["messages.conversation_id", "messages.seq"]),
+    ForeignKeyConstraint(["conversation_id", "user_id"], ["participants.conversation_id", "participants.user_id"]),
+    CheckConstraint("char_length(emoji) BETWEEN 1 AND 32", name="emoji"),
+    UniqueConstraint("conversation_id", "revision"),
+)
+
+socket_tickets = Table(
+    "socket_tickets",
+    metadata,
+    # Of the ticket's secret, which is nowhere.
+    Column("digest", LargeBinary, primary_key=True),
+    _tenant(known=True),
+    Column("user_id", BigInteger, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("context", Text, nullable=False),
+    _time("expires_at", required=True),
+    # When the token that the ticket was issued for ends.
+    _time("token_expires_at", required=True),
+    _person("user_id"),
+    Index(None, "expires_at"),
 )
 
 conversion_runs = Table(
@@ -462,7 +508,8 @@ audit_log = Table(
     "audit_log",
     metadata,
     _id(),
-    _tenant(known=False),
+    # None for what concerns all tenants.
+    Column("tenant_id", BigInteger, ForeignKey("tenants.id")),
     Column("actor_id", BigInteger),
     Column("action", Text, nullable=False),
     Column("subject", Text, nullable=False),
@@ -470,4 +517,57 @@ audit_log = Table(
     Column("correlation_id", Text),
     _time("at", default_now=True),
     Index(None, "tenant_id", "id"),
+)
+
+flag_overrides = Table(
+    "flag_overrides",
+    metadata,
+    _id(),
+    Column("flag", Text, nullable=False),
+    # None for all tenants that have none of their own.
+    Column("tenant_id", BigInteger, ForeignKey("tenants.id")),
+    Column("target", JSONB, nullable=False),
+    # The share of refusals at which the flag goes back to false, and since when they are counted.
+    Column("tripwire", JSONB),
+    _time("changed_at", default_now=True),
+    UniqueConstraint("flag", "tenant_id", postgresql_nulls_not_distinct=True),
+)
+
+decisions = Table(
+    "decisions",
+    metadata,
+    _id(),
+    _tenant(known=False),
+    _time("at", required=True),
+    Column("operation", Text, nullable=False),
+    Column("identifier", Text, nullable=False),
+    Column("appointment_id", BigInteger),
+    Column("session_id", BigInteger),
+    Column("user_id", BigInteger, nullable=False),
+    Column("role", Text, nullable=False),
+    # The family of the client, such as `okhttp`: the first word of its User-Agent.
+    Column("client", Text, nullable=False),
+    Column("verdict", Text, nullable=False),
+    Column("reason", Text),
+    Column("flag", Text),
+    Column("flags", JSONB, nullable=False),
+    Column("correlation_id", Text),
+    CheckConstraint("verdict IN ('allowed', 'warned', 'refused')", name="verdict"),
+    Index(None, "at"),
+    Index(None, "tenant_id", "id"),
+    Index(None, "appointment_id", "id"),
+    Index(None, "session_id", "id"),
+)
+
+decision_totals = Table(
+    "decision_totals",
+    metadata,
+    # All decisions of a minute, of which `decisions` keeps the noteworthy ones.
+    Column("minute", DateTime(timezone=True), primary_key=True),
+    Column("tenant_id", BigInteger, ForeignKey("tenants.id"), primary_key=True, autoincrement=False),
+    Column("operation", Text, primary_key=True),
+    Column("verdict", Text, primary_key=True),
+    # Of the flag that decided; empty when none did.
+    Column("flag", Text, primary_key=True),
+    Column("requests", BigInteger, nullable=False),
 )

@@ -91,6 +91,34 @@ class GetMessages(
     """Read the conversation; stays possible after the end, and for operators (audited)."""
 
 
+class ReplyToMessage(Operation, name="reply_to_message", family=Family.CHAT, by_appointment=True):
+    """Write a message that answers another one of the conversation."""
+
+
+class AddReaction(Operation, name="add_reaction", family=Family.CHAT, by_appointment=True):
+    """Mark a message with an emoji."""
+
+
+class RemoveReaction(Operation, name="remove_reaction", family=Family.CHAT, by_appointment=True):
+    """Take such a mark of one's own back."""
+
+
+class StartTyping(Operation, name="start_typing", family=Family.CHAT, by_appointment=True, reads=True):
+    """Show the others that one is writing."""
+
+
+class StopTyping(Operation, name="stop_typing", family=Family.CHAT, by_appointment=True, reads=True):
+    """Show that one is not writing any more."""
+
+
+class MarkAsRead(Operation, name="mark_as_read", family=Family.CHAT, passes=ALWAYS, by_appointment=True):
+    """Say up to where one has read; stays possible after the end."""
+
+
+class Join(Operation, name="join", family=Family.CHAT, by_appointment=True):
+    """Follow the conversation live, over a socket."""
+
+
 class ViewSession(
     Operation,
     name="view_session",

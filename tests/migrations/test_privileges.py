@@ -9,13 +9,17 @@ from tests.clinic import Clinic
 
 CHANGED_IN_PLACE = {
     *("tenants", "users", "subscriptions", "appointments", "busy_intervals", "sessions", "conversations"),
-    *("participants", "conversion_runs", "outbox_deliveries", "notifications"),
+    *("participants", "reactions", "conversion_runs", "outbox_deliveries", "notifications"),
 }
 ONLY_ADDED_TO = {"appointment_parties", "messages", "conversion_attempts", "outbox_events", "audit_log"}
 SWEPT = {
     "workers": {"INSERT", "UPDATE", "DELETE"},
     "conversion_samples": {"INSERT", "DELETE"},
     "idempotency_keys": {"INSERT", "DELETE"},
+    "socket_tickets": {"INSERT", "DELETE"},
+    "flag_overrides": {"INSERT", "UPDATE", "DELETE"},
+    "decisions": {"INSERT", "DELETE"},
+    "decision_totals": {"INSERT", "UPDATE", "DELETE"},
 }
 
 PRIVILEGES = """
