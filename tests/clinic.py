@@ -25,9 +25,17 @@ class RecordingBell:
 
     def __init__(self) -> None:
         self.rung: list[Job] = []
+        self.conversations: list[int] = []
+        self.typists: list[tuple[int, int, bool]] = []
 
     def ring(self, job: Job) -> None:
         self.rung.append(job)
+
+    def changed(self, conversation_id: int) -> None:
+        self.conversations.append(conversation_id)
+
+    def typing(self, conversation_id: int, user_id: int, *, on: bool) -> None:
+        self.typists.append((conversation_id, user_id, on))
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,23 @@ class Clinic:
         assert session_id is not None, "The appointment was not converted."
         kind = SessionKind.TEXT if modality == "text" else SessionKind.CALL
         return LiveSession(SessionRef(kind, session_id), appointment_id, patient, doctor)
+
+    async def message(self, session: LiveSession, body: str = "Hello", sender: Principal | None = None) -> int:
+        """Stores a message, by the patient unless told otherwise; its id."""
+        message_id: int = await self.fetchval(
+            """
+            WITH numbered AS (
+                UPDATE conversations SET last_seq = last_seq + 1 WHERE session_id = $1 RETURNING id, tenant_id, last_seq
+            )
+            INSERT INTO messages (tenant_id, conversation_id, seq, sender_id, client_message_id, kind, body)
+            SELECT tenant_id, id, last_seq, $2, 'stored ' || last_seq, 'text', $3 FROM numbered
+            RETURNING id
+            """,
+            session.ref.id,
+            (sender or session.patient).user_id,
+            body,
+        )
+        return message_id
 
     def converter(self, outcomes: list[Outcome] | None = None, **options: Any) -> Converter:
         """A converter that counts in `self.metrics`; `outcomes` gets all it made."""

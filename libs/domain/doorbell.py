@@ -1,11 +1,12 @@
-"""The doorbell: arq over Redis, used to shorten latency and for nothing else.
+"""The doorbell: arq and pub/sub over Redis, used to shorten latency and for nothing else.
 
-Every fact is in PostgreSQL and the worker looks for due rows by itself, so a ring that fails is
-counted and forgotten. Jobs are JSON and carry ids only.
+Every fact is in PostgreSQL, where the worker looks for due rows and sockets look for news by themselves, so a
+ring that fails is counted and forgotten. Jobs are JSON and carry ids only.
 """
 
 import asyncio
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, Final
 
 import orjson
 from arq.connections import ArqRedis
@@ -17,6 +18,11 @@ from redis.exceptions import RedisError
 from libs.domain.jobs import Job
 from libs.observability.context import carrier
 from libs.observability.registry import Metrics
+
+CHANGED: Final = "sessiongate:changed"
+"""The channel of changed conversations; a message is the conversation's id."""
+TYPING: Final = "sessiongate:typing"
+"""The channel of who is writing: JSON with `conversation_id`, `user_id`, `on`."""
 
 RING_TIMEOUT = 0.5
 """Seconds a ring may take; nobody waits for it, but a frozen Redis must not pile up tasks."""
@@ -52,14 +58,24 @@ class Doorbell:
         self._ringing: set[asyncio.Task[None]] = set()
 
     def ring(self, job: Job) -> None:
-        task = asyncio.create_task(self._enqueue(job.name, encode(job)), name=f"ring {job.name}")
+        self._later(self._redis.enqueue_job(job.name, **encode(job)))
+
+    def changed(self, conversation_id: int) -> None:
+        self._later(self._redis.publish(CHANGED, conversation_id))
+
+    def typing(self, conversation_id: int, user_id: int, *, on: bool) -> None:
+        news = {"conversation_id": conversation_id, "user_id": user_id, "on": on}
+        self._later(self._redis.publish(TYPING, orjson.dumps(news)))
+
+    def _later(self, call: Awaitable[Any]) -> None:
+        task = asyncio.create_task(self._call(call))
         self._ringing.add(task)
         task.add_done_callback(self._ringing.discard)
 
-    async def _enqueue(self, name: str, arguments: dict[str, Any]) -> None:
+    async def _call(self, call: Awaitable[Any]) -> None:
         try:
             async with asyncio.timeout(RING_TIMEOUT):
-                await self._redis.enqueue_job(name, **arguments)
+                await call
         except (RedisError, OSError, TimeoutError):
             self._failures.inc()
 

@@ -9,7 +9,8 @@ from importlib.metadata import version
 from typing import Final
 
 from libs.domain.catalogue import CATALOGUE
-from libs.domain.chat.messages import Chat
+from libs.domain.chat.bodies import Bodies
+from libs.domain.chat.sending import Chat
 from libs.domain.conversion.monitor import Thresholds
 from libs.domain.db import Database
 from libs.domain.settings import FlagSettings, Settings
@@ -36,6 +37,7 @@ class Runtime:
     database: Database
     bell: Bell
     guard: Guard
+    bodies: Bodies
     chat: Chat
 
     def begin(self) -> AbstractAsyncContextManager[Transaction]:
@@ -48,9 +50,17 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
     guard = Guard(FixedFlags(flags), GuardTelemetry(metrics))
     for flag in Flag:
         metrics.gauge("feature_flag_enabled", flag.value).set(flags[flag])
-    window = timedelta(seconds=settings.text_session_response_window_seconds)
-    chat = Chat(database, bell, guard, response_window=window)
-    return Runtime(settings, metrics, database, bell, guard, chat)
+    bodies = Bodies.parse(settings.field_keys.get_secret_value())
+    chat = Chat(
+        database,
+        bell,
+        guard,
+        bodies,
+        metrics,
+        response_window=timedelta(seconds=settings.text_session_response_window_seconds),
+        messages_per_minute=settings.chat_messages_per_minute,
+    )
+    return Runtime(settings, metrics, database, bell, guard, bodies, chat)
 
 
 @asynccontextmanager

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from libs.domain.chat.bodies import Bodies
+
 SECRET_MIN_BYTES: Final = 32
 """An HS256 key shorter than its hash is easier to guess than the signature."""
 
@@ -37,6 +39,11 @@ def _long_enough(secret: SecretStr) -> SecretStr:
     if len(secret.get_secret_value().encode()) < SECRET_MIN_BYTES:
         raise ValueError(f"must be at least {SECRET_MIN_BYTES} bytes long")
     return secret
+
+
+def _field_keys(listed: SecretStr) -> SecretStr:
+    Bodies.parse(listed.get_secret_value())
+    return listed
 
 
 def _basic_auth(secret: SecretStr) -> SecretStr:
@@ -117,6 +124,10 @@ class Settings(DatabaseSettings):
     metrics_allow: Annotated[str, AfterValidator(_networks)] = ""
     """Networks whose clients may read the metrics without a password, such as 10.0.0.0/8, separated by commas."""
 
+    field_keys: Annotated[SecretStr, AfterValidator(_field_keys)] = SecretStr("")
+    """Keys that seal message bodies, id:key,…, each of 32 bytes in base64; the first seals, all open."""
+    chat_messages_per_minute: Positive = 60
+    """How many messages a participant may send in a minute, over HTTP and sockets together."""
     text_session_response_window_seconds: Positive = 300
     """How long a text session waits for the doctor's first answer, in seconds."""
     conversion_batch_limit: Positive = 1000

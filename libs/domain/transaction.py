@@ -17,9 +17,17 @@ from libs.guardrails import Refused
 
 
 class Bell(Protocol):
-    """Wakes whoever does a job. It may fail to, and never raises: the rows are found anyway."""
+    """Wakes whoever is concerned by committed rows. It may fail to, and never raises or waits: the rows are
+    found anyway."""
 
-    def ring(self, job: Job) -> None: ...
+    def ring(self, job: Job) -> None:
+        """There is a job to do."""
+
+    def changed(self, conversation_id: int) -> None:
+        """Something of a conversation, or of its session, is not as it was."""
+
+    def typing(self, conversation_id: int, user_id: int, *, on: bool) -> None:
+        """A participant began to write, or stopped. Nothing stores this."""
 
 
 class Transaction:
@@ -30,6 +38,8 @@ class Transaction:
         self._database = database
         self._connection: AsyncConnection | None = None
         self._rings: dict[Job, None] = {}
+        self._changed: dict[int, None] = {}
+        self._typing: dict[tuple[int, int], bool] = {}
 
     async def connection(self) -> AsyncConnection:
         if self._connection is None:
@@ -45,11 +55,23 @@ class Transaction:
         """Wakes the worker for `job` once the transaction is committed."""
         self._rings[job] = None
 
+    def changed(self, conversation_id: int) -> None:
+        """Wakes whoever watches the conversation once the transaction is committed."""
+        self._changed[conversation_id] = None
+
+    def typing(self, conversation_id: int, user_id: int, *, on: bool) -> None:
+        """Tells whoever watches the conversation that the user began or stopped writing, after the commit."""
+        self._typing[conversation_id, user_id] = on
+
     async def commit(self, bell: Bell) -> None:
         if self._connection is not None:
             await self._connection.commit()
         for job in self._rings:
             bell.ring(job)
+        for conversation_id in self._changed:
+            bell.changed(conversation_id)
+        for (conversation_id, user_id), on in self._typing.items():
+            bell.typing(conversation_id, user_id, on=on)
 
     async def close(self) -> None:
         """Rolls back what was not committed and returns the connection."""

@@ -71,7 +71,8 @@ def _only_digits(value: Any) -> Any:
     return value
 
 
-SafeStr = Annotated[str, AfterValidator(_storable)]
+Storable = AfterValidator(_storable)
+SafeStr = Annotated[str, Storable]
 Id = Annotated[int, Field(strict=True, ge=1, le=MAX_ID)]
 Count = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
 Timestamp = Annotated[AwareDatetime, BeforeValidator(_only_text), AfterValidator(_in_utc)]

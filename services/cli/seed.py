@@ -36,6 +36,12 @@ class Silence:
     def ring(self, job: Job) -> None:
         pass
 
+    def changed(self, conversation_id: int) -> None:
+        pass
+
+    def typing(self, conversation_id: int, user_id: int, *, on: bool) -> None:
+        pass
+
 
 async def seed(database_url: str) -> None:
     """Makes the clinic unless there is a tenant already."""

@@ -12,6 +12,7 @@ import uvloop
 from libs.domain.conversion.report import Reporter
 from libs.domain.conversion.runs import Converter
 from libs.domain.db import WORKER_TIMEOUTS, Database
+from libs.domain.doorbell import Doorbell
 from libs.domain.jobs import ConvertDue, DispatchOutbox, Job
 from libs.domain.notifications import Notifications
 from libs.domain.outbox.dispatch import Dispatcher
@@ -34,10 +35,13 @@ CANCEL_AGAIN_SECONDS: Final = 0.5
 
 
 class LocalBell:
-    """Rings within this process: whoever commits rows here needs no Redis to have them followed up."""
+    """Rings for jobs within this process: whoever commits rows here needs no Redis to have them followed up.
+    Who watches a conversation is in another process."""
 
-    def __init__(self) -> None:
+    def __init__(self, doorbell: Doorbell) -> None:
         self.handlers: dict[type[Job], Callable[[], None]] = {}
+        self.changed = doorbell.changed
+        self.typing = doorbell.typing
 
     def ring(self, job: Job) -> None:
         self.handlers[type(job)]()
@@ -56,7 +60,8 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
             timeouts=WORKER_TIMEOUTS,
         )
         metrics.gauge("db_connections_max", "worker").set(database.max_connections)
-        bell = LocalBell()
+        doorbell = Doorbell(settings.redis_url, metrics)
+        bell = LocalBell(doorbell)
         runtime = compose(settings, flags_of(flags), metrics=metrics, database=database, bell=bell)
         reporter = Reporter(metrics)
         converter = Converter(
@@ -90,6 +95,7 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
                     await gauges.leave()
                 _log.info("worker_stopped", worker=settings.worker_name)
         finally:
+            await doorbell.close()
             await database.close()
 
 

@@ -37,7 +37,7 @@ class Call:
 
     @property
     def takes_body(self) -> bool:
-        return self.method != "GET"  # if only to refuse one with anything in it
+        return self.method not in {"GET", "DELETE"}  # if only to refuse one with anything in it
 
     @property
     def needs_body(self) -> bool:
@@ -83,6 +83,9 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
             )
         return {"appointment_id": str(appointment_id)}
 
+    def on(message_id: int) -> dict[str, str]:
+        return {"context": chatting.context, "message_id": str(message_id)}
+
     shown, chatting, ending = [await clinic.session() for _ in range(3)]
     subscription = {
         "patient_id": patient.user_id,
@@ -102,6 +105,8 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
         "reason": "a cough",
     }
     message = {"client_message_id": "1", "body": "Hello", "kind": "text", "media_url": "https://example.org/1"}
+    stored = [await clinic.message(chatting, str(number)) for number in range(3)]
+    reply = {"client_message_id": "2", "body": "Good morning"}
     user = {"role": "doctor", "name": "Grace", "country": "MW", "active": True}
     operator = clinic.operator
     good: dict[str, tuple[Principal, dict[str, str], dict[str, Any]]] = {
@@ -122,6 +127,12 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
         "end_session": (ending.patient, {"context": ending.context}, {"reason": "all is said"}),
         "send_message": (chatting.patient, {"context": chatting.context}, message),
         "get_messages": (chatting.patient, {"context": chatting.context}, {}),
+        "reply_to_message": (chatting.patient, on(stored[0]), reply),
+        "add_reaction": (chatting.patient, on(stored[1]) | {"emoji": "%F0%9F%91%8D"}, {}),
+        "remove_reaction": (chatting.doctor, on(stored[2]) | {"emoji": "%F0%9F%91%8D"}, {}),
+        "start_typing": (chatting.patient, {"context": chatting.context}, {}),
+        "stop_typing": (chatting.patient, {"context": chatting.context}, {}),
+        "mark_as_read": (chatting.patient, {"context": chatting.context}, {"seq": 1}),
         "list_notifications": (patient, {}, {}),
         "create_user": (operator, {}, user),
         "change_user": (operator, {"user_id": str((await clinic.doctor()).user_id)}, {"active": False}),

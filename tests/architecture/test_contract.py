@@ -70,6 +70,9 @@ EVENTS = (
     " reschedule_rejected session_started session_ended"
 )
 MODULES = "telephony conversation scheduling catalog compliance billing reporting infra"
+CHAT = (
+    "send_message get_messages reply_to_message add_reaction remove_reaction start_typing stop_typing mark_as_read join"
+)
 OPEN = None
 """A label whose values are not listed beforehand."""
 
@@ -87,15 +90,15 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "guard_verdicts_total": (
         "counter",
         {
-            "operation": "send_message get_messages view_session complete_session",
+            "operation": f"{CHAT} view_session complete_session",
             "verdict": "allowed warned refused",
             "reason": "none UNAUTHENTICATED SESSION_CONTEXT_INVALID SESSION_NOT_FOUND APPOINTMENT_NOT_FOUND"
             " ROLE_NOT_ALLOWED SESSION_CONTEXT_REQUIRED SESSION_BILLING_REQUIRED SESSION_NOT_READY SESSION_NOT_ACTIVE",
         },
     ),
     "legacy_identifier_total": ("counter", {}),
-    "chat_requests_total": ("counter", {"operation": "send_message get_messages"}),
-    "chat_blocked_session_context_required_total": ("counter", {"operation": "send_message get_messages"}),
+    "chat_requests_total": ("counter", {"operation": CHAT}),
+    "chat_blocked_session_context_required_total": ("counter", {"operation": CHAT}),
     "billing_blocked_session_context_required_total": (
         "counter",
         {"endpoint": "end_session process_payment process_deduction"},
@@ -217,6 +220,12 @@ ROUTES = {
     "POST /api/v1/sessions/{context}/end",
     "GET /api/v1/chat/{context}/messages",
     "POST /api/v1/chat/{context}/messages",
+    "POST /api/v1/chat/{context}/messages/{message_id}/replies",
+    "PUT /api/v1/chat/{context}/messages/{message_id}/reactions/{emoji}",
+    "DELETE /api/v1/chat/{context}/messages/{message_id}/reactions/{emoji}",
+    "PUT /api/v1/chat/{context}/typing",
+    "DELETE /api/v1/chat/{context}/typing",
+    "PUT /api/v1/chat/{context}/read",
     "GET /api/v1/notifications",
     "POST /api/v1/admin/users",
     "PATCH /api/v1/admin/users/{user_id}",
@@ -257,7 +266,7 @@ def test_flags_keep_their_names_everywhere() -> None:
 
 
 def test_operations_and_events_keep_their_names() -> None:
-    assert set(OPERATIONS) == {"send_message", "get_messages", "view_session", "complete_session"}
+    assert set(OPERATIONS) == {*CHAT.split(), "view_session", "complete_session"}
     assert list(EventName) == EVENTS.split()
 
 

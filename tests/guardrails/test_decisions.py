@@ -46,6 +46,13 @@ class Promise:
 PROMISES = {
     "send_message": Promise(operators=False, needs_live=True, by_appointment=True),
     "get_messages": Promise(operators=True, needs_live=False, by_appointment=True),
+    "reply_to_message": Promise(operators=False, needs_live=True, by_appointment=True),
+    "add_reaction": Promise(operators=False, needs_live=True, by_appointment=True),
+    "remove_reaction": Promise(operators=False, needs_live=True, by_appointment=True),
+    "start_typing": Promise(operators=False, needs_live=True, by_appointment=True),
+    "stop_typing": Promise(operators=False, needs_live=True, by_appointment=True),
+    "mark_as_read": Promise(operators=False, needs_live=False, by_appointment=True),
+    "join": Promise(operators=False, needs_live=True, by_appointment=True),
     "view_session": Promise(operators=True, needs_live=False, by_appointment=False),
     "complete_session": Promise(operators=True, needs_live=False, by_appointment=False),
 }

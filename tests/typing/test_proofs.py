@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 GIVEN = """
-from libs.domain.chat.messages import Chat, NewMessage, Newest, history
+from libs.domain.chat.bodies import Bodies
+from libs.domain.chat.messages import Newest, history
+from libs.domain.chat.sending import Chat, NewMessage
 from libs.domain.db import Database
 from libs.domain.jobs import ConvertDue, Job
 from libs.domain.notifications import Notifications
@@ -34,6 +36,7 @@ from services.worker.runner import functions
 async def given(
     tx: Transaction,
     chat: Chat,
+    bodies: Bodies,
     guard: Guard,
     caller: Principal,
     facts: Facts,
@@ -60,7 +63,7 @@ class Proof:
     code: str
 
 
-READ = "await history(tx, {}, Newest(), 50)"
+READ = "await history(tx, bodies, {}, Newest(), 50)"
 SEND = "await chat.send({}, NewMessage('1', 'Hello'))"
 OPEN = "opened: SessionContext[{}] = guard.open(to_send, facts)"
 NEW = "await append(tx, {}, tenant_id=1, aggregate='session:1', payload={{}})"

@@ -1,54 +1,45 @@
-"""Sending and reading messages.
+"""Messages as they are read: by page, by what follows a number, or one of them."""
 
-Sending is the hot path: one statement locks the session row, judges it, numbers the message and stores
-it, and always answers the facts it saw. The guard then seals the context from those facts or names the
-refusal, so there is no moment between the check and the act in which a session could end.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 import asyncpg
-from sqlalchemy import text
+import orjson
 
-from libs.domain import audit, people
-from libs.domain.chat.send_statement import JOIN_BY_APPOINTMENT, SEND_BY_APPOINTMENT, SEND_BY_SESSION
-from libs.domain.db import Database, driver
-from libs.domain.sessions import expiry, facts
-from libs.domain.telemetry import logger
-from libs.domain.transaction import Bell, Transaction, transaction
-from libs.guardrails import (
-    AppointmentRef,
-    Claim,
-    Facts,
-    Guard,
-    Principal,
-    Reason,
-    Refused,
-    Role,
-    SessionContext,
-    SessionRef,
-)
-from libs.guardrails.operations import GetMessages, SendMessage
+from libs.domain import audit
+from libs.domain.chat import conversations
+from libs.domain.chat.bodies import Bodies, StoredBody
+from libs.domain.db import driver
+from libs.domain.transaction import Transaction
+from libs.guardrails import AppointmentRef, Role, SessionContext, SessionRef
+from libs.guardrails.operations import GetMessages
 
-_log: Final = logger("chat")
+EXCERPT_LENGTH: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
-class NewMessage:
-    """A message as the client wrote it; `client_message_id` makes sending it again harmless."""
+class Original:
+    """The message that another one replies to; `excerpt` is its beginning."""
 
-    client_message_id: str
-    body: str
-    kind: str = "text"
-    media_url: str | None = None
+    id: int
+    seq: int
+    excerpt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reaction:
+    """Who marked a message with `emoji`, in the order in which they did."""
+
+    emoji: str
+    user_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
     id: int
+    conversation_id: int
     seq: int
     client_message_id: str
     sender_id: int
@@ -56,15 +47,9 @@ class Message:
     kind: str
     body: str
     media_url: str | None
+    reply_to: Original | None
+    reactions: list[Reaction]
     sent_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """`repeated` is true when the message was stored by an earlier request with the same id."""
-
-    message: Message
-    repeated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,156 +80,115 @@ class History:
     last_seq: int
 
 
-class Chat:
-    """The chat room: what a process needs to send."""
-
-    def __init__(self, database: Database, bell: Bell, guard: Guard, *, response_window: timedelta) -> None:
-        self._database = database
-        self._bell = bell
-        self._guard = guard
-        self._response_window = response_window
-
-    async def send(self, claim: Claim[SendMessage], new: NewMessage) -> Sent:
-        """Stores `new`, or answers the message stored under its id before.
-
-        Raises `Refused`: whatever the guard says, or `IDEMPOTENCY_CONFLICT` when the id was used for
-        another message.
-        """
-        if isinstance(claim.subject, AppointmentRef):
-            return await self._send_by_appointment(claim, claim.subject, new)
-        async with self._database.autocommit() as connection:
-            row = await self._insert(connection, claim.caller, claim.subject, new)
-        known = _facts(row)
-        if known.session and known.session.overdue:
-            await self._expire(known.session.id)
-        context = self._guard.open(claim, known)
-        return self._sent(context, row, new)
-
-    async def _send_by_appointment(self, claim: Claim[SendMessage], subject: AppointmentRef, new: NewMessage) -> Sent:
-        """The legacy way in: where the flags allow it, it acts on the session, if there is one."""
-        async with transaction(self._database, self._bell) as tx:
-            active = await people.is_active(tx, claim.caller)
-            known = replace(await facts.load(tx, subject, claim.caller.tenant_id, lock=True), caller_active=active)
-            context = self._guard.open(claim, known)
-            connection = await driver(await tx.connection())
-            if known.session is not None:
-                row = await self._insert(connection, claim.caller, known.session.ref, new)
-            else:
-                message = _arguments(subject.id, claim.caller, new)
-                await connection.execute(JOIN_BY_APPOINTMENT, *message[:4])
-                row = await connection.fetchrow(SEND_BY_APPOINTMENT, *message)
-            return self._sent(context, row, new)
-
-    async def _insert(
-        self, connection: "asyncpg.Connection[Any]", caller: Principal, session: SessionRef, new: NewMessage
-    ) -> Any:
-        passes = [status.value for status in SendMessage.passes]
-        arguments = (
-            *_arguments(session.id, caller, new),
-            session.kind.value,
-            passes,
-            self._response_window,
-        )
-        try:
-            return await connection.fetchrow(SEND_BY_SESSION, *arguments)
-        except asyncpg.UniqueViolationError:
-            # The same id was stored while this statement waited for the lock; now it is visible.
-            return await connection.fetchrow(SEND_BY_SESSION, *arguments)
-
-    async def _expire(self, session_id: int) -> None:
-        async with transaction(self._database, self._bell) as tx:
-            await expiry.expire_sessions(tx, only=session_id)
-
-    def _sent(self, context: SessionContext[SendMessage], row: Any, new: NewMessage) -> Sent:
-        caller = context.caller
-        stored = Message(
-            id=row["message_id"],
-            seq=row["seq"],
-            client_message_id=new.client_message_id,
-            sender_id=caller.user_id,
-            sender_role=caller.role.value,
-            kind=new.kind,
-            body=new.body,
-            media_url=new.media_url,
-            sent_at=row["sent_at"],
-        )
-        if row["repeated"] and not row["same"]:
-            raise Refused(Reason.IDEMPOTENCY_CONFLICT)
-        _log.info(
-            "chat_message_stored",
-            category="message",
-            session_id=context.session.id if context.session else None,
-            appointment_id=context.appointment.id if context.appointment else None,
-            user_id=caller.user_id,
-            operation=SendMessage.name,
-            message_id=stored.id,
-        )
-        if row["activated"] and context.session:
-            _log.info(
-                "session_state_changed",
-                session_id=context.session.id,
-                status="active",
-                user_id=caller.user_id,
-            )
-        return Sent(stored, row["repeated"])
-
-
-def _arguments(subject_id: int, caller: Principal, new: NewMessage) -> tuple[Any, ...]:
-    return (
-        subject_id,
-        caller.tenant_id,
-        caller.user_id,
-        caller.role.value,
-        new.client_message_id,
-        new.kind,
-        new.body,
-        new.media_url,
-    )
-
-
-def _facts(row: Any) -> Facts:
-    if row["session_id"] is None:
-        return Facts(caller_active=row["caller_active"])
-    return Facts(caller_active=row["caller_active"], session=facts.session_facts(row))
-
-
-_PAGE: Final = """
-    SELECT m.id, m.seq, m.client_message_id, m.sender_id, p.role AS sender_role, m.kind, m.body,
-           m.media_url, m.sent_at
-    FROM messages m JOIN participants p ON p.conversation_id = m.conversation_id AND p.user_id = m.sender_id
-    WHERE m.conversation_id = :conversation_id {bound}
-    ORDER BY m.seq {order} LIMIT :limit
+_READ: Final = """
+    SELECT m.id, m.conversation_id, m.seq, m.client_message_id, m.sender_id, p.role AS sender_role, m.kind, m.body,
+           m.sealed_body, m.key_id, m.media_url, m.sent_at,
+           o.id AS original_id, o.seq AS original_seq, o.client_message_id AS original_client_message_id,
+           o.body AS original_body, o.sealed_body AS original_sealed_body, o.key_id AS original_key_id,
+           (SELECT json_agg(json_build_object('emoji', emoji, 'user_ids', user_ids) ORDER BY revision)
+            FROM (SELECT emoji, array_agg(user_id ORDER BY revision) AS user_ids, min(revision) AS revision
+                  FROM reactions
+                  WHERE conversation_id = m.conversation_id AND message_seq = m.seq AND present
+                  GROUP BY emoji) AS reaction) AS reactions
+    FROM {source} JOIN participants p ON p.conversation_id = m.conversation_id AND p.user_id = m.sender_id
+    LEFT JOIN messages o ON o.conversation_id = m.conversation_id AND o.seq = m.reply_to_seq
+    {which}
 """
-_NEWEST: Final = text(_PAGE.format(bound="", order="DESC"))
-_BEFORE: Final = text(_PAGE.format(bound="AND m.seq < :seq", order="DESC"))
-_AFTER: Final = text(_PAGE.format(bound="AND m.seq > :seq", order="ASC"))
-_CONVERSATION: Final = text(
-    "SELECT id, last_seq FROM conversations WHERE session_id = :session_id OR appointment_id = :appointment_id"
+_NEWEST: Final = _READ.format(source="messages m", which="WHERE m.conversation_id = $1 ORDER BY m.seq DESC LIMIT $2")
+_BEFORE: Final = _READ.format(
+    source="messages m", which="WHERE m.conversation_id = $1 AND m.seq < $3 ORDER BY m.seq DESC LIMIT $2"
 )
+_AFTER: Final = _READ.format(
+    source="messages m", which="WHERE m.conversation_id = $1 AND m.seq > $3 ORDER BY m.seq LIMIT $2"
+)
+_ONE: Final = _READ.format(source="messages m", which="WHERE m.id = $1")
+# $1 conversations, $2 the number after which each is read, $3 at most so many of each.
+_FOLLOWING: Final = _READ.format(
+    source="""
+        unnest($1::bigint[], $2::bigint[]) AS known (conversation_id, seq)
+        JOIN messages m ON m.conversation_id = known.conversation_id AND m.seq > known.seq
+            AND m.seq <= known.seq + $3
+    """,
+    which="ORDER BY m.conversation_id, m.seq",
+)
+_LAST_SEQ: Final = "SELECT last_seq FROM conversations WHERE id = $1"
 
 
 async def history(
-    tx: Transaction, context: SessionContext[GetMessages], page: Newest | After | Before, limit: int
+    tx: Transaction, bodies: Bodies, context: SessionContext[GetMessages], which: Newest | After | Before, limit: int
 ) -> History:
     """One page of the conversation. An operator's look is written to the audit log."""
-    conversation = (
-        await tx.execute(
-            _CONVERSATION,
-            {
-                "session_id": context.session.id if context.session else None,
-                "appointment_id": context.appointment.id if context.appointment else None,
-            },
-        )
-    ).one_or_none()
+    conversation_id = await conversations.find(tx, context)
     if context.caller.role is Role.OPERATOR:
         await audit.record(tx, context.caller, "chat_history_read", str(_subject(context)))
-    if conversation is None:
+    if conversation_id is None:
         return History([], has_more=False, last_seq=0)
-    rows = await _page(tx, conversation.id, page, limit + 1)
-    items = [Message(**row._mapping) for row in rows[:limit]]
-    if not isinstance(page, After):
-        items.reverse()
-    return History(items, has_more=len(rows) > limit, last_seq=conversation.last_seq)
+    connection = await driver(await tx.connection())
+    last_seq = await connection.fetchval(_LAST_SEQ, conversation_id)
+    items = await page(connection, bodies, conversation_id, which, limit + 1)
+    has_more = len(items) > limit
+    if has_more:
+        items = items[:limit] if isinstance(which, After) else items[-limit:]
+    return History(items, has_more=has_more, last_seq=max(last_seq, items[-1].seq if items else 0))
+
+
+async def page(
+    connection: "asyncpg.Connection[Any]",
+    bodies: Bodies,
+    conversation_id: int,
+    which: Newest | After | Before,
+    limit: int,
+) -> list[Message]:
+    """At most `limit` messages, in `seq` order."""
+    match which:
+        case After(seq):
+            rows = await connection.fetch(_AFTER, conversation_id, limit, seq)
+        case Before(seq):
+            rows = (await connection.fetch(_BEFORE, conversation_id, limit, seq))[::-1]
+        case Newest():
+            rows = (await connection.fetch(_NEWEST, conversation_id, limit))[::-1]
+    return [message_of(row, bodies) for row in rows]
+
+
+async def following(
+    connection: "asyncpg.Connection[Any]", bodies: Bodies, known: Mapping[int, int], limit: int
+) -> list[Message]:
+    """What follows the number known of each of several conversations, at most `limit` of each, in `seq` order."""
+    rows = await connection.fetch(_FOLLOWING, list(known.keys()), list(known.values()), limit)
+    return [message_of(row, bodies) for row in rows]
+
+
+async def one(connection: "asyncpg.Connection[Any]", bodies: Bodies, message_id: int) -> Message:
+    return message_of(await connection.fetchrow(_ONE, message_id), bodies)
+
+
+def message_of(row: Any, bodies: Bodies) -> Message:
+    conversation_id = row["conversation_id"]
+    stored = StoredBody(row["body"], row["sealed_body"], row["key_id"])
+    reactions = orjson.loads(row["reactions"]) if row["reactions"] else []
+    return Message(
+        id=row["id"],
+        conversation_id=conversation_id,
+        seq=row["seq"],
+        client_message_id=row["client_message_id"],
+        sender_id=row["sender_id"],
+        sender_role=row["sender_role"],
+        kind=row["kind"],
+        body=bodies.open(conversation_id, row["client_message_id"], stored),
+        media_url=row["media_url"],
+        reply_to=original_of(row, conversation_id, bodies),
+        reactions=[Reaction(**reaction) for reaction in reactions],
+        sent_at=row["sent_at"],
+    )
+
+
+def original_of(row: Any, conversation_id: int, bodies: Bodies) -> Original | None:
+    """The message replied to, from the columns that begin with `original_`."""
+    if row["original_id"] is None:
+        return None
+    stored = StoredBody(row["original_body"], row["original_sealed_body"], row["original_key_id"])
+    body = bodies.open(conversation_id, row["original_client_message_id"], stored)
+    return Original(row["original_id"], row["original_seq"], body[:EXCERPT_LENGTH])
 
 
 def _subject(context: SessionContext[GetMessages]) -> SessionRef | AppointmentRef:
@@ -252,14 +196,3 @@ def _subject(context: SessionContext[GetMessages]) -> SessionRef | AppointmentRe
         return context.session.ref
     assert context.appointment is not None
     return AppointmentRef(context.appointment.id)
-
-
-async def _page(tx: Transaction, conversation_id: int, page: Newest | After | Before, limit: int) -> Sequence[Any]:
-    parameters = {"conversation_id": conversation_id, "limit": limit}
-    match page:
-        case Newest():
-            return (await tx.execute(_NEWEST, parameters)).all()
-        case After(seq):
-            return (await tx.execute(_AFTER, {**parameters, "seq": seq})).all()
-        case Before(seq):
-            return (await tx.execute(_BEFORE, {**parameters, "seq": seq})).all()

@@ -1,14 +1,17 @@
 """The SQL of sending, in its two forms: to a session, and to an appointment that has none yet.
 
 Both number the message from the conversation's own counter in the statement that stores it, so the
-numbers have no gaps, and both insert plainly: `ON CONFLICT` would burn a number.
+numbers have no gaps, and both insert plainly: `ON CONFLICT` would burn a number. Whatever keeps the message
+from being stored, the row that is answered tells.
 """
 
 from typing import Final
 
 from libs.domain.sessions.facts import SESSION_COLUMNS
 
-# $1 id, $2 tenant id, $3 user id, $4 role, $5 client message id, $6 kind of message, $7 body, $8 media url.
+# $1 id, $2 tenant id, $3 user id, $4 role, $5 client message id, $6 kind of message, $7 body, $8 sealed body,
+# $9 key id, $10 media url, $11 id of the message replied to, $12 interval between messages at an even pace,
+# $13 how much of that pace may be used up at once.
 _SEND: Final = """
     WITH target AS MATERIALIZED ({target}),
     caller AS (
@@ -17,75 +20,79 @@ _SEND: Final = """
         ) AS caller_active
     ),
     duplicate AS (
-        SELECT m.id, m.seq, m.sent_at,
-            m.sender_id = t.participant_id AND m.kind = $6 AND m.body = $7
-                AND m.media_url IS NOT DISTINCT FROM $8 AS same
-        FROM target t JOIN messages m ON m.conversation_id = t.conversation_id
+        SELECT m.* FROM target t JOIN messages m ON m.conversation_id = t.conversation_id
         WHERE m.client_message_id = $5
+    ),
+    original AS (
+        SELECT m.* FROM target t JOIN messages m ON m.conversation_id = t.conversation_id WHERE m.id = $11
+    ),
+    -- The generic cell rate algorithm: a moment that each message moves on, and that may not get too far ahead.
+    paced AS (
+        UPDATE participants p SET paced_at = greatest(p.paced_at, clock()) + $12::interval
+        FROM target t, caller
+        WHERE p.conversation_id = t.conversation_id AND p.user_id = t.participant_id AND caller.caller_active
+          AND {passes}
+          AND NOT EXISTS (SELECT FROM duplicate) AND ($11::bigint IS NULL OR EXISTS (SELECT FROM original))
+          AND greatest(p.paced_at, clock()) + $12::interval <= clock() + $13::interval
+        RETURNING p.conversation_id
     ),
     numbered AS (
         UPDATE conversations c SET last_seq = c.last_seq + 1
-        FROM target t, caller
-        WHERE c.id = t.conversation_id AND t.participant_id IS NOT NULL AND caller.caller_active AND {passes}
-          AND NOT EXISTS (SELECT FROM duplicate)
+        FROM paced WHERE c.id = paced.conversation_id
         RETURNING c.last_seq AS seq
     ),
     stored AS (
-        INSERT INTO messages (tenant_id, conversation_id, seq, sender_id, client_message_id, kind, body, media_url)
-        SELECT $2, t.conversation_id, n.seq, t.participant_id, $5, $6, $7, $8
+        INSERT INTO messages (tenant_id, conversation_id, seq, sender_id, client_message_id, kind, body, sealed_body,
+                              key_id, media_url, reply_to_seq)
+        SELECT $2, t.conversation_id, n.seq, t.participant_id, $5, $6, $7, $8, $9, $10, (SELECT seq FROM original)
         FROM target t, numbered n
         RETURNING id, seq, sent_at
     ),
     moved AS ({moved})
-    SELECT caller.caller_active, t.*, coalesce(n.id, d.id) AS message_id, coalesce(n.seq, d.seq) AS seq,
-           coalesce(n.sent_at, d.sent_at) AS sent_at, d.id IS NOT NULL AS repeated, d.same,
+    SELECT caller.caller_active, t.*, n.id AS message_id, n.seq, n.sent_at, d.id AS duplicate_id,
+           o.id AS original_id, o.seq AS original_seq, o.client_message_id AS original_client_message_id,
+           o.body AS original_body, o.sealed_body AS original_sealed_body, o.key_id AS original_key_id,
+           extract(epoch FROM greatest(t.paced_at, clock()) + $12::interval - $13::interval - clock())::float8
+               AS paced_for,
            coalesce(moved.status = 'active', false) AS activated
     FROM caller
-    LEFT JOIN target t ON true LEFT JOIN stored n ON true LEFT JOIN duplicate d ON true LEFT JOIN moved ON true
+    LEFT JOIN target t ON true LEFT JOIN stored n ON true LEFT JOIN duplicate d ON true
+    LEFT JOIN original o ON true LEFT JOIN moved ON true
 """
 
 SEND_BY_SESSION: Final = _SEND.format(
     target=f"""
-        SELECT {SESSION_COLUMNS}, s.response_deadline, p.user_id AS participant_id
+        SELECT {SESSION_COLUMNS}, s.response_deadline, p.user_id AS participant_id, p.paced_at
         FROM sessions s
         JOIN conversations c ON c.session_id = s.id
         LEFT JOIN participants p ON p.conversation_id = c.id AND p.user_id = $3
-        WHERE s.id = $1 AND s.kind = $9 AND s.tenant_id = $2
+        WHERE s.id = $1 AND s.kind = $14 AND s.tenant_id = $2
         FOR NO KEY UPDATE OF s
     """,
-    passes="t.session_status = ANY ($10::text[]) AND NOT t.overdue",
+    passes="t.session_status = ANY ($15::text[]) AND NOT t.overdue",
     # The doctor's first message activates a text session; the patient's first starts the doctor's clock, once.
     moved="""
         UPDATE sessions s
         SET status = CASE WHEN $3 = t.doctor_id THEN 'active' ELSE s.status END,
             activated_at = CASE WHEN $3 = t.doctor_id THEN clock() END,
-            response_deadline = CASE WHEN $3 = t.doctor_id THEN s.response_deadline ELSE clock() + $11::interval END
+            response_deadline = CASE WHEN $3 = t.doctor_id THEN s.response_deadline ELSE clock() + $16::interval END
         FROM target t, numbered
         WHERE s.id = t.session_id AND t.kind = 'text' AND t.session_status = 'waiting'
           AND ($3 = t.doctor_id OR t.response_deadline IS NULL)
         RETURNING s.status
     """,
 )
-"""The eight parameters above, then $9 kind of session, $10 states that pass, $11 response window."""
+"""The parameters above, then $14 kind of session, $15 states that pass, $16 response window."""
 
-JOIN_BY_APPOINTMENT: Final = """
-    WITH conversation AS (
-        INSERT INTO conversations (tenant_id, appointment_id) VALUES ($2, $1)
-        ON CONFLICT (appointment_id) DO UPDATE SET appointment_id = excluded.appointment_id
-        RETURNING id
-    )
-    INSERT INTO participants (tenant_id, conversation_id, user_id, role) SELECT $2, id, $3, $4 FROM conversation
-    ON CONFLICT (conversation_id, user_id) DO NOTHING
-"""
-"""$1 appointment id, $2 tenant id, $3 user id, $4 role."""
+CONVERSATION_OF_SESSION: Final = "SELECT id FROM conversations WHERE session_id = $1 AND tenant_id = $2"
 
 SEND_BY_APPOINTMENT: Final = _SEND.format(
     target="""
-        SELECT c.id AS conversation_id, p.user_id AS participant_id
+        SELECT c.id AS conversation_id, p.user_id AS participant_id, p.paced_at
         FROM conversations c JOIN participants p ON p.conversation_id = c.id AND p.user_id = $3
         WHERE c.appointment_id = $1
     """,
     passes="true",
     moved="SELECT NULL::text AS status",
 )
-"""The eight parameters above; the transaction holds the appointment's row and has joined."""
+"""The parameters above; the transaction holds the appointment's row and the caller has entered."""

@@ -67,7 +67,8 @@ _EXPIRE_SESSIONS: Final = f"""
         RETURNING id, aggregate
     ),
     delivery AS ({deliver(":lane")})
-    SELECT o.id, o.tenant_id, o.appointment_id, o.patient_id, o.doctor_id, e.status
+    SELECT o.id, o.tenant_id, o.appointment_id, o.patient_id, o.doctor_id, e.status,
+        (SELECT id FROM conversations WHERE session_id = o.id) AS conversation_id
     FROM overdue o JOIN ended e ON e.id = o.id
 """
 _EXPIRE: Final = text(_EXPIRE_SESSIONS)
@@ -119,6 +120,7 @@ async def expire_sessions(tx: Transaction, *, only: int | None = None) -> list[i
         await unblock(tx, [user for row in rows for user in (row.patient_id, row.doctor_id)], session_ended=True)
         tx.ring(DispatchOutbox())
     for row in rows:
+        tx.changed(row.conversation_id)
         _log.info(
             "session_state_changed",
             tenant_id=row.tenant_id,

@@ -124,6 +124,7 @@ async def _announce_end(tx: Transaction, context: SessionContext[CompleteSession
         },
     )
     await expiry.unblock(tx, [facts.patient_id, facts.doctor_id], session_ended=True)
+    tx.changed(facts.conversation_id)
     _log.info(
         "session_state_changed",
         session_id=facts.id,

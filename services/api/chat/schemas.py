@@ -4,16 +4,39 @@ from typing import Annotated, Literal, Self
 from pydantic import Field
 
 from libs.domain.chat.messages import Message
+from libs.guardrails.context import MAX_ID
 from services.api.schemas import In, Out, SafeStr
+
+ClientMessageId = Annotated[SafeStr, Field(min_length=1, max_length=200)]
+Body = Annotated[SafeStr, Field(min_length=1, max_length=4000)]
 
 
 class SendMessageIn(In):
     """`client_message_id` is yours to choose, unique in the conversation: sending it again is harmless."""
 
-    client_message_id: Annotated[SafeStr, Field(min_length=1, max_length=200)]
-    body: Annotated[SafeStr, Field(min_length=1, max_length=4000)]
+    client_message_id: ClientMessageId
+    body: Body
     kind: Literal["text", "image", "voice"] = "text"
     media_url: Annotated[SafeStr, Field(max_length=2048, pattern=r"^https?://\S+$")] | None = None
+
+
+class ReplyIn(In):
+    """As in sending; the path names the message that is answered."""
+
+    client_message_id: ClientMessageId
+    body: Body
+
+
+class MarkAsReadIn(In):
+    """Beyond the last message, `seq` means the last."""
+
+    seq: Annotated[int, Field(strict=True, ge=0, le=MAX_ID)]
+
+
+class MarkAsReadOut(Out):
+    """How far you have read; it never goes back."""
+
+    last_read_seq: int
 
 
 class Sender(Out):
@@ -21,7 +44,7 @@ class Sender(Out):
     role: str
 
 
-class Reaction(Out):
+class ReactionOut(Out):
     emoji: str
     user_ids: list[int]
 
@@ -43,7 +66,7 @@ class MessageOut(Out):
     body: str
     media_url: str | None
     reply_to: ReplyTo | None
-    reactions: list[Reaction]
+    reactions: list[ReactionOut]
     sent_at: datetime
 
     @classmethod
@@ -56,8 +79,8 @@ class MessageOut(Out):
             kind=message.kind,
             body=message.body,
             media_url=message.media_url,
-            reply_to=None,
-            reactions=[],
+            reply_to=ReplyTo.model_validate(message.reply_to) if message.reply_to else None,
+            reactions=[ReactionOut.model_validate(reaction) for reaction in message.reactions],
             sent_at=message.sent_at,
         )
 

@@ -1,0 +1,225 @@
+"""Sending messages.
+
+Sending is the hot path: one statement locks the session row, judges it, numbers the message and stores
+it, and always answers the facts it saw. The guard then seals the context from those facts or names the
+refusal, so there is no moment between the check and the act in which a session could end.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Final, TypeAlias
+
+import asyncpg
+
+from libs.domain import people
+from libs.domain.chat import conversations, messages
+from libs.domain.chat.bodies import Bodies, StoredBody
+from libs.domain.chat.messages import Message
+from libs.domain.chat.send_statement import CONVERSATION_OF_SESSION, SEND_BY_APPOINTMENT, SEND_BY_SESSION
+from libs.domain.db import Database, driver
+from libs.domain.sessions import expiry, facts
+from libs.domain.telemetry import logger
+from libs.domain.transaction import Bell, transaction
+from libs.guardrails import AppointmentRef, Claim, Facts, Guard, Reason, Refused, SessionContext, SessionRef
+from libs.guardrails.operations import ReplyToMessage, SendMessage
+from libs.observability.registry import Metrics
+
+_log: Final = logger("chat")
+
+Sending: TypeAlias = SendMessage | ReplyToMessage
+
+BURST: Final = timedelta(minutes=1)
+"""A minute's worth of messages may come at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewMessage:
+    """A message as the client wrote it; `client_message_id` makes sending it again harmless, and `reply_to` is
+    the id of the message it answers."""
+
+    client_message_id: str
+    body: str
+    kind: str = "text"
+    media_url: str | None = None
+    reply_to: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """`repeated` is true when the message was stored by an earlier request with the same id."""
+
+    message: Message
+    repeated: bool
+
+
+class Chat:
+    """The chat room: what a process needs to send."""
+
+    def __init__(
+        self,
+        database: Database,
+        bell: Bell,
+        guard: Guard,
+        bodies: Bodies,
+        metrics: Metrics,
+        *,
+        response_window: timedelta,
+        messages_per_minute: int,
+    ) -> None:
+        self._database = database
+        self._bell = bell
+        self._guard = guard
+        self._bodies = bodies
+        self._response_window = response_window
+        self._pace = timedelta(minutes=1) / messages_per_minute
+        self._received = metrics.counter("chat_messages_total", "received")
+        self._retries = metrics.counter("chat_message_retries_total")
+        self._duration = metrics.histogram("chat_message_processing_duration_seconds", "received")
+
+    async def send(self, claim: Claim[SendMessage] | Claim[ReplyToMessage], new: NewMessage) -> Sent:
+        """Stores `new`, or answers the message stored under its id before.
+
+        Raises `Refused`: whatever the guard says, `MESSAGE_NOT_FOUND` when there is none to reply to,
+        `RATE_LIMITED`, or `IDEMPOTENCY_CONFLICT` when the id was used for another message.
+        """
+        began = time.perf_counter()
+        if isinstance(claim.subject, AppointmentRef):
+            sent = await self._send_by_appointment(claim, claim.subject, new)
+        else:
+            sent = await self._send_by_session(claim, claim.subject, new)
+        if sent.repeated:
+            self._retries.inc()
+        else:
+            self._bell.changed(sent.message.conversation_id)
+            self._received.inc()
+            self._duration.observe(time.perf_counter() - began)
+        return sent
+
+    async def _send_by_session(self, claim: Claim[Sending], session: SessionRef, new: NewMessage) -> Sent:
+        async with self._database.autocommit() as connection:
+            row = await self._insert(connection, claim, session, new)
+            known = _facts(row)
+            if not (known.session and known.session.overdue):
+                context = self._guard.open(claim, known)
+                return await self._sent(connection, context, row, new)
+        # Not while holding a connection of the other pool.
+        async with transaction(self._database, self._bell) as tx:
+            await expiry.expire_sessions(tx, only=known.session.id)
+        context = self._guard.open(claim, known)
+        raise AssertionError(f"An overdue session let {context.operation.name} through.")
+
+    async def _send_by_appointment(self, claim: Claim[Sending], subject: AppointmentRef, new: NewMessage) -> Sent:
+        """The legacy way in: where the flags allow it, it acts on the session, if there is one."""
+        async with transaction(self._database, self._bell) as tx:
+            active = await people.is_active(tx, claim.caller)
+            known = replace(await facts.load(tx, subject, claim.caller.tenant_id, lock=True), caller_active=active)
+            context = self._guard.open(claim, known)
+            connection = await driver(await tx.connection())
+            if known.session is not None:
+                row = await self._insert(connection, claim, known.session.ref, new)
+            else:
+                conversation_id = await conversations.enter(tx, context)
+                row = await connection.fetchrow(
+                    SEND_BY_APPOINTMENT, *self._arguments(claim, subject.id, conversation_id, new)
+                )
+            return await self._sent(connection, context, row, new)
+
+    async def _insert(
+        self, connection: "asyncpg.Connection[Any]", claim: Claim[Sending], session: SessionRef, new: NewMessage
+    ) -> Any:
+        conversation_id = None
+        if self._bodies.current is not None:
+            # A sealed body is bound to its conversation, which for a session never changes.
+            conversation_id = await connection.fetchval(CONVERSATION_OF_SESSION, session.id, claim.caller.tenant_id)
+        arguments = (
+            *self._arguments(claim, session.id, conversation_id, new),
+            session.kind.value,
+            [status.value for status in claim.operation.passes],
+            self._response_window,
+        )
+        try:
+            return await connection.fetchrow(SEND_BY_SESSION, *arguments)
+        except asyncpg.UniqueViolationError:
+            # The same id was stored while this statement waited for the lock; now it is visible.
+            return await connection.fetchrow(SEND_BY_SESSION, *arguments)
+
+    def _arguments(
+        self, claim: Claim[Sending], subject_id: int, conversation_id: int | None, new: NewMessage
+    ) -> tuple[Any, ...]:
+        stored = StoredBody(new.body, None, None)
+        if conversation_id is not None:
+            stored = self._bodies.seal(conversation_id, new.client_message_id, new.body)
+        caller = claim.caller
+        return (
+            subject_id,
+            caller.tenant_id,
+            caller.user_id,
+            caller.role.value,
+            new.client_message_id,
+            new.kind,
+            *stored,
+            new.media_url,
+            new.reply_to,
+            self._pace,
+            BURST,
+        )
+
+    async def _sent(
+        self, connection: "asyncpg.Connection[Any]", context: SessionContext[Sending], row: Any, new: NewMessage
+    ) -> Sent:
+        if row["duplicate_id"] is not None:
+            return await self._repeated(connection, context, row["duplicate_id"], new)
+        if new.reply_to is not None and row["original_id"] is None:
+            raise Refused(Reason.MESSAGE_NOT_FOUND)
+        if row["message_id"] is None:
+            raise Refused(Reason.RATE_LIMITED, retry_after=max(1, math.ceil(row["paced_for"])))
+        caller = context.caller
+        stored = Message(
+            id=row["message_id"],
+            conversation_id=row["conversation_id"],
+            seq=row["seq"],
+            client_message_id=new.client_message_id,
+            sender_id=caller.user_id,
+            sender_role=caller.role.value,
+            kind=new.kind,
+            body=new.body,
+            media_url=new.media_url,
+            reply_to=messages.original_of(row, row["conversation_id"], self._bodies),
+            reactions=[],
+            sent_at=row["sent_at"],
+        )
+        _log.info(
+            "chat_message_stored",
+            category="message",
+            session_id=context.session.id if context.session else None,
+            appointment_id=context.appointment.id if context.appointment else None,
+            user_id=caller.user_id,
+            operation=context.operation.name,
+            message_id=stored.id,
+        )
+        if row["activated"] and context.session:
+            _log.info(
+                "session_state_changed",
+                session_id=context.session.id,
+                status="active",
+                user_id=caller.user_id,
+            )
+        return Sent(stored, repeated=False)
+
+    async def _repeated(
+        self, connection: "asyncpg.Connection[Any]", context: SessionContext[Sending], message_id: int, new: NewMessage
+    ) -> Sent:
+        stored = await messages.one(connection, self._bodies, message_id)
+        original_id = stored.reply_to.id if stored.reply_to else None
+        known = (stored.sender_id, stored.kind, stored.body, stored.media_url, original_id)
+        if known != (context.caller.user_id, new.kind, new.body, new.media_url, new.reply_to):
+            raise Refused(Reason.IDEMPOTENCY_CONFLICT)
+        return Sent(stored, repeated=True)
+
+
+def _facts(row: Any) -> Facts:
+    if row["session_id"] is None:
+        return Facts(caller_active=row["caller_active"])
+    return Facts(caller_active=row["caller_active"], session=facts.session_facts(row))
