@@ -4,25 +4,25 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from libs.domain.conversion import monitor
 from libs.domain.conversion.report import Reporter
-from libs.domain.conversion.runs import Converter, OnBatch, Outcome, Run
+from libs.domain.conversion.runs import Converter, Outcome, Run
 from libs.domain.db import WORKER_TIMEOUTS, Database
 from libs.domain.runtime import telemetry, thresholds_of
 from libs.domain.settings import Settings, libpq_dsn
 from services.cli import home
 from services.cli.errors import CommandError
+from services.cli.progress import progress_bar
 
 app = typer.Typer(no_args_is_help=True, help="Convert due appointments into sessions, and watch it happen.")
 
@@ -161,32 +161,17 @@ async def _converting(as_json: bool) -> AsyncIterator[tuple[Converter, list[Outc
     outcomes: list[Outcome] = []
     reporter = Reporter(None)
     async with telemetry(settings, "sessiongate-cli"), _database(settings) as database:
-        with _progress(as_json) as advance:
+        with progress_bar("converting", hidden=as_json) as show:
 
             def on_batch(run: Run, batch: list[Outcome], began_ns: int) -> None:
                 reporter.batch(run, batch, began_ns)
                 outcomes.extend(batch)
-                advance(run, batch, began_ns)
+                show(run.attempted_count, max(run.due_count, run.attempted_count))
 
             converter = Converter(
                 database, on_batch, worker=_WORKER, counts=False, batch_limit=settings.conversion_batch_limit
             )
             yield converter, outcomes, reporter
-
-
-@contextmanager
-def _progress(as_json: bool) -> Iterator[OnBatch]:
-    """A bar on stderr while a long run lasts, for a person who sees it."""
-    columns = (TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    disable = as_json or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
-        task = progress.add_task("converting", total=None)
-
-        def advance(run: Run, batch: list[Outcome], began_ns: int) -> None:
-            progress.update(task, total=max(run.due_count, run.attempted_count), completed=run.attempted_count)
-
-        yield advance
 
 
 def _show_run(run: Run, outcomes: Sequence[Outcome], as_json: bool, *, dry_run: bool) -> None:

@@ -15,6 +15,7 @@ COMMANDS: Final = {
     "token": "services.cli.people:token",
     "tenants": "services.cli.people:tenants",
     "appointments": "services.cli.appointments:app",
+    "keys": "services.cli.keys:app",
     "demo": "services.cli.demo:demo",
 }
 """Where each command is: a function, or a `typer.Typer` with commands of its own."""

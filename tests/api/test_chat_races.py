@@ -44,7 +44,8 @@ async def test_twenty_sends_of_one_message_at_once_store_it_once(api: Api, clini
     assert found(await write(api, live, 1), 201)["seq"] == 2
 
 
-async def test_no_message_follows_the_end(api: Api, clinic: Clinic) -> None:
+async def test_no_message_follows_the_end(make_api: MakeApi, clinic: Clinic) -> None:
+    api = await make_api(chat_messages_per_minute=1_000_000)
     live = await clinic.session()
     ending = api.as_(live.doctor)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from arq import ArqRedis
+from arq.constants import default_queue_name
 from redis.asyncio import ConnectionPool
 
 from libs.domain.conversion.report import Reporter
@@ -67,6 +68,7 @@ async def test_without_redis_conversion_goes_on(clinic: Clinic, urls: Urls, tmp_
 async def test_the_doorbell_is_answered_and_measured(clinic: Clinic, urls: Urls, worker: Worker) -> None:
     redis = ArqRedis(ConnectionPool.from_url(urls.redis), job_serializer=serialise, job_deserializer=deserialise)
     try:
+        await redis.delete(default_queue_name)  # what other tests have rung for
         await redis.enqueue_job(ConvertDue.name, **encode(ConvertDue()))
     finally:
         await redis.aclose()

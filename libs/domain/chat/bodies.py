@@ -37,6 +37,7 @@ class Bodies:
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         self._ciphers: Final = {key_id: AESGCM(key) for key_id, key in keys.items()}
+        self.ids: Final = tuple(keys)
         self.current: Final = next(iter(keys), None)
 
     @classmethod
@@ -82,5 +83,7 @@ def _place(conversation_id: int, client_message_id: str) -> bytes:
 
 
 def new_key(key_id: str) -> str:
-    """A fresh key, as an entry of the setting."""
+    """A fresh key, as an entry of the setting. Raises ValueError when `key_id` cannot be one."""
+    if not _KEY_ID.fullmatch(key_id):
+        raise ValueError("A key's id has 1 to 40 letters, digits, dots, underscores or dashes.")
     return f"{key_id}:{base64.b64encode(os.urandom(_KEY_BYTES)).decode()}"

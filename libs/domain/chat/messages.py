@@ -85,7 +85,7 @@ _READ: Final = """
            m.sealed_body, m.key_id, m.media_url, m.sent_at,
            o.id AS original_id, o.seq AS original_seq, o.client_message_id AS original_client_message_id,
            o.body AS original_body, o.sealed_body AS original_sealed_body, o.key_id AS original_key_id,
-           (SELECT json_agg(json_build_object('emoji', emoji, 'user_ids', user_ids) ORDER BY revision)
+           (SELECT json_agg(json_build_object('emoji', emoji, 'user_ids', user_ids) ORDER BY revision)::text
             FROM (SELECT emoji, array_agg(user_id ORDER BY revision) AS user_ids, min(revision) AS revision
                   FROM reactions
                   WHERE conversation_id = m.conversation_id AND message_seq = m.seq AND present
