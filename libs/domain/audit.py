@@ -1,10 +1,14 @@
 """The audit log: who did what to whom, written in the transaction of the deed and never rewritten."""
 
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import bindparam, text
+from sqlalchemy import bindparam, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 
+from libs.domain.pages import Page, page_of
+from libs.domain.tables import audit_log
 from libs.domain.transaction import Transaction
 from libs.guardrails import Principal
 from libs.observability.context import correlation_id
@@ -13,6 +17,22 @@ _RECORD: Final = text(
     "INSERT INTO audit_log (tenant_id, actor_id, action, subject, details, correlation_id)"
     " VALUES (:tenant_id, :actor_id, :action, :subject, :details, :correlation_id)"
 ).bindparams(bindparam("details", type_=JSONB))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One deed; `actor_id` is None when it was the system's own, or done at the command line."""
+
+    id: int
+    at: datetime
+    actor_id: int | None
+    action: str
+    subject: str
+    details: dict[str, Any]
+    correlation_id: str | None
+
+
+_COLUMNS: Final = [audit_log.c[name] for name in Entry.__dataclass_fields__]
 
 
 async def record(tx: Transaction, actor: Principal, action: str, subject: str, **details: Any) -> None:
@@ -28,3 +48,9 @@ async def record(tx: Transaction, actor: Principal, action: str, subject: str, *
             "correlation_id": correlation_id(),
         },
     )
+
+
+async def listed(tx: Transaction, caller: Principal, *, cursor: int | None, limit: int) -> Page[Entry]:
+    """What was done in the caller's tenant, newest first."""
+    statement = select(*_COLUMNS).where(audit_log.c.tenant_id == caller.tenant_id)
+    return await page_of(tx, statement, audit_log.c.id, cursor, limit, lambda row: Entry(**row._mapping))

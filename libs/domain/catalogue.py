@@ -89,6 +89,11 @@ _GUARD: Final = (
         "Billing calls blocked by the session guard",
         Label("endpoint", _BILLING_ENDPOINTS),
     ),
+    counter(
+        "guard_decisions_dropped_total",
+        "Decisions that the decision log had no room for",
+        Label("verdict", ("allowed", "warned", "refused")),
+    ),
     gauge("feature_flag_enabled", "1 when the flag is on", Label("flag", tuple(Flag))),
 )
 

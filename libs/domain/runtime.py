@@ -13,6 +13,7 @@ from libs.domain.chat.bodies import Bodies
 from libs.domain.chat.sending import Chat
 from libs.domain.conversion.monitor import Thresholds
 from libs.domain.db import Database
+from libs.domain.decisions.recorder import Recorder
 from libs.domain.settings import FlagSettings, Settings
 from libs.domain.telemetry import GuardTelemetry
 from libs.domain.transaction import Bell, Transaction, transaction
@@ -36,6 +37,7 @@ class Runtime:
     metrics: Metrics
     database: Database
     bell: Bell
+    recorder: Recorder
     guard: Guard
     bodies: Bodies
     chat: Chat
@@ -47,7 +49,8 @@ class Runtime:
 
 def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Database, bell: Bell) -> Runtime:
     """Puts the parts together; opens nothing."""
-    guard = Guard(FixedFlags(flags), GuardTelemetry(metrics))
+    recorder = Recorder(database, metrics, sample_rate=settings.decision_sample_rate)
+    guard = Guard(FixedFlags(flags), GuardTelemetry(metrics, recorder))
     for flag in Flag:
         metrics.gauge("feature_flag_enabled", flag.value).set(flags[flag])
     bodies = Bodies.parse(settings.field_keys.get_secret_value())
@@ -60,7 +63,7 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
         response_window=timedelta(seconds=settings.text_session_response_window_seconds),
         messages_per_minute=settings.chat_messages_per_minute,
     )
-    return Runtime(settings, metrics, database, bell, guard, bodies, chat)
+    return Runtime(settings, metrics, database, bell, recorder, guard, bodies, chat)
 
 
 @asynccontextmanager

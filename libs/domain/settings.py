@@ -66,6 +66,7 @@ RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 # Docstrings below the fields are their descriptions; an empty variable counts as unset.
@@ -130,6 +131,8 @@ class Settings(DatabaseSettings):
     """How many messages a participant may send in a minute, over HTTP and sockets together."""
     text_session_response_window_seconds: Positive = 300
     """How long a text session waits for the doctor's first answer, in seconds."""
+    decision_sample_rate: Share = 0.01
+    """Share of simply allowed calls that the decision log keeps; what was refused or warned of is all kept."""
     conversion_batch_limit: Positive = 1000
     """How many due appointments one batch, which is one transaction, converts at most."""
     backlog_warning: Positive = 10

@@ -12,6 +12,7 @@ from libs.guardrails import (
     Reason,
     SessionRef,
     Verdict,
+    Witness,
 )
 from libs.observability.logging import BoundLogger, get_logger
 from libs.observability.registry import Metrics
@@ -45,10 +46,12 @@ _ALLOWED: Final = {
 
 
 class GuardTelemetry:
-    """The guard's witness: counts each verdict and logs those that someone may want to find."""
+    """The guard's witness: counts each verdict, logs those that someone may want to find, and passes all of
+    them on to the recorder."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, recorder: Witness) -> None:
         self._metrics = metrics
+        self._recorder = recorder
 
     def saw(self, claim: Claim[Operation], facts: Facts, flags: Flags, verdict: Verdict) -> None:
         operation = claim.operation
@@ -65,6 +68,7 @@ class GuardTelemetry:
             metrics.counter("billing_blocked_session_context_required_total", operation.name).inc()
         if verdict.refusal or verdict.shadow:
             self._tell(claim, facts, flags, verdict)
+        self._recorder.saw(claim, facts, flags, verdict)
 
     def _tell(self, claim: Claim[Operation], facts: Facts, flags: Flags, verdict: Verdict) -> None:
         operation = claim.operation

@@ -17,9 +17,15 @@ CORRELATION_ID: Final = "correlation_id"
 CAUSATION_ID: Final = "causation_id"
 TENANT_ID: Final = "tenant_id"
 TRACEPARENT: Final = "traceparent"
+CLIENT: Final = "client"
+
+UNKNOWN_CLIENT: Final = "unknown"
 
 _HEX = r"[0-9a-fA-F]"
 _ACCEPTED = re.compile(rf"{_HEX}{{8}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{12}}|{_HEX}{{32}}")
+
+# The name of the first product of a User-Agent, if it is one that may be stored and counted.
+_FAMILY = re.compile(r"([A-Za-z][A-Za-z0-9._+-]{0,39})(?:[/ ]|$)")
 
 _fields: ContextVar[Mapping[str, Any]] = ContextVar("fields", default={})  # noqa: B039 (never changed in place)
 
@@ -55,6 +61,19 @@ def new_correlation_id() -> str:
 def accept_correlation_id(offered: str | None) -> str:
     """What the client offered if it is a UUID or 32 hex digits, else a new one."""
     return offered if offered and _ACCEPTED.fullmatch(offered) else new_correlation_id()
+
+
+def client_family(user_agent: str) -> str:
+    """Which program a client is, such as `okhttp` of `okhttp/4.12.0`: at most 40 harmless characters in lower
+    case, or `unknown`."""
+    match = _FAMILY.match(user_agent)
+    return match[1].lower() if match else UNKNOWN_CLIENT
+
+
+def client() -> str:
+    """The family of the client that is being served."""
+    family: str = _fields.get().get(CLIENT, UNKNOWN_CLIENT)
+    return family
 
 
 def carrier() -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from opentelemetry import trace
 
-from libs.observability.context import CORRELATION_ID, accept_correlation_id, bind
+from libs.observability.context import CORRELATION_ID, accept_correlation_id, bind, client_family
 from libs.observability.logging import get_logger
 from libs.observability.registry import Metrics
 from libs.observability.tracing import sampled_trace_id
@@ -45,10 +45,11 @@ class HttpTelemetry:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        offered = next((value for name, value in scope["headers"] if name == HEADER), b"")
-        correlation_id = accept_correlation_id(offered.decode("latin-1"))
+        headers = dict(reversed(scope["headers"]))  # of one that is repeated, the first counts
+        correlation_id = accept_correlation_id(headers.get(HEADER, b"").decode("latin-1"))
+        client = client_family(headers.get(b"user-agent", b"").decode("latin-1"))
         trace.get_current_span().set_attribute(CORRELATION_ID, correlation_id)
-        with bind(correlation_id=correlation_id):
+        with bind(correlation_id=correlation_id, client=client):
             if scope["type"] == "http":
                 await self._serve(scope, receive, send, correlation_id)
             else:

@@ -188,6 +188,8 @@ class GuardedRoute(APIRoute):
             except (RequestValidationError, HTTPException, Refused) as error:
                 if statement_decides and _came_before_the_statement(error):
                     await _require_active(request, identity, principal)
+                if isinstance(error, Refused):
+                    await runtime_of(request).recorder.room()
                 raise
 
         return guarded

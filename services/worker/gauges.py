@@ -2,7 +2,7 @@
 
 A heartbeat every second proves that a worker lives and that its pulse beats. Every 15 seconds the gauges
 are set and the backlog sampled, runs made at the command line are added to the counters, each exactly
-once, and old idempotency keys are forgotten.
+once, and old idempotency keys and decisions are forgotten.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from typing import Final
 from libs.domain import idempotency
 from libs.domain.conversion import monitor
 from libs.domain.conversion.report import count
+from libs.domain.decisions import log as decisions
 from libs.domain.runtime import Runtime
 from libs.domain.tables import PENDING_DELIVERY
 from libs.domain.telemetry import logger
@@ -62,6 +63,7 @@ class Gauges:
                 if loop.time() - measured_at >= monitor.SAMPLE_SECONDS:
                     await self.measure()
                     await idempotency.prune(self._runtime.database)
+                    await decisions.prune(self._runtime.database)
                     measured_at = loop.time()
             except Exception as error:
                 _log.error("gauges_failed", exc_info=error, exception_type=type(error).__name__)
