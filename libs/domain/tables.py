@@ -421,6 +421,13 @@ outbox_events = Table(
     Column("correlation_id", Text),
     Column("causation_id", Text),
     Column("trace_context", JSONB, nullable=False, server_default=text("'{}'")),
+    # For the story of one appointment. Its session tells of the rest, and conversion writes no further index.
+    Index(
+        "outbox_events_appointment_idx",
+        "aggregate",
+        "id",
+        postgresql_where=text("name NOT IN ('session_started', 'session_ended')"),
+    ),
 )
 
 outbox_deliveries = Table(

@@ -113,6 +113,13 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("conversation_id", "message_seq", "user_id", "emoji", name=op.f("reactions_pkey")),
         sa.UniqueConstraint("conversation_id", "revision", name=op.f("reactions_conversation_id_revision_key")),
     )
+    op.create_index(
+        "outbox_events_appointment_idx",
+        "outbox_events",
+        ["aggregate", "id"],
+        unique=False,
+        postgresql_where=sa.text("name NOT IN ('session_started', 'session_ended')"),
+    )
     op.alter_column("audit_log", "tenant_id", existing_type=sa.BIGINT(), nullable=True)
     op.add_column("conversations", sa.Column("revision", sa.BigInteger(), server_default=sa.text("0"), nullable=False))
     op.add_column("messages", sa.Column("sealed_body", sa.LargeBinary(), nullable=True))

@@ -17,10 +17,10 @@ from rich.table import Table
 from libs.domain.conversion import monitor
 from libs.domain.conversion.report import Reporter
 from libs.domain.conversion.runs import Converter, Outcome, Run
-from libs.domain.db import WORKER_TIMEOUTS, Database
 from libs.domain.runtime import telemetry, thresholds_of
-from libs.domain.settings import Settings, libpq_dsn
+from libs.domain.settings import Settings
 from services.cli import home
+from services.cli.database import opened
 from services.cli.errors import CommandError
 from services.cli.progress import progress_bar
 
@@ -110,7 +110,7 @@ def monitor_sessions(
     thresholds = replace(thresholds_of(settings), **chosen)
 
     async def ask() -> monitor.Report:
-        async with _database(settings) as database:
+        async with opened(settings) as database:
             return await monitor.report(database, thresholds)
 
     report = asyncio.run(ask())
@@ -134,21 +134,6 @@ def _parse_lookback(text: str) -> timedelta | None:
 
 
 @asynccontextmanager
-async def _database(settings: Settings) -> AsyncIterator[Database]:
-    database = Database(
-        libpq_dsn(settings.database_url),
-        application="sessiongate-cli",
-        pool_size=2,
-        command_timeout=35.0,
-        timeouts=WORKER_TIMEOUTS,
-    )
-    try:
-        yield database
-    finally:
-        await database.close()
-
-
-@asynccontextmanager
 async def _converting(as_json: bool) -> AsyncIterator[tuple[Converter, list[Outcome], Reporter]]:
     """A converter for this process, the list that its outcomes are added to, and who reports them.
 
@@ -160,7 +145,7 @@ async def _converting(as_json: bool) -> AsyncIterator[tuple[Converter, list[Outc
         settings = settings.model_copy(update={"log_file": home.Home.locate().log("cli.jsonl")})
     outcomes: list[Outcome] = []
     reporter = Reporter(None)
-    async with telemetry(settings, "sessiongate-cli"), _database(settings) as database:
+    async with telemetry(settings, "sessiongate-cli"), opened(settings) as database:
         with progress_bar("converting", hidden=as_json) as show:
 
             def on_batch(run: Run, batch: list[Outcome], began_ns: int) -> None:

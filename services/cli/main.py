@@ -16,6 +16,8 @@ COMMANDS: Final = {
     "tenants": "services.cli.people:tenants",
     "appointments": "services.cli.appointments:app",
     "keys": "services.cli.keys:app",
+    "flags": "services.cli.rollout:flags",
+    "explain": "services.cli.explain:explain",
     "demo": "services.cli.demo:demo",
 }
 """Where each command is: a function, or a `typer.Typer` with commands of its own."""

@@ -103,6 +103,7 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
         "counter",
         {"endpoint": "end_session process_payment process_deduction"},
     ),
+    "guard_decisions_dropped_total": ("counter", {"verdict": "allowed warned refused"}),
     "feature_flag_enabled": ("gauge", {"flag": " ".join(FLAGS)}),
     "scheduling_book_duration_seconds": ("histogram", {}),
     "booking_post_own_duration_seconds": ("histogram", {}),
@@ -159,6 +160,7 @@ LOG_EVENTS = {
     "guard_blocked": f"message {OF_A_VERDICT}",
     "guard_allowed_with_warning": f"message {OF_A_VERDICT}",
     "guard_refused": f"error_code {OF_A_VERDICT}",
+    "decisions_not_written": "exception_type waiting",
     "chat_message_stored": "category session_id user_id operation message_id correlation_id tenant_id",
     "session_state_changed": "session_id status",
     "appointment_auto_start_run": OF_A_RUN,
@@ -231,6 +233,9 @@ ROUTES = {
     "PATCH /api/v1/admin/users/{user_id}",
     "POST /api/v1/admin/subscriptions",
     "GET /api/v1/admin/conversions",
+    "GET /api/v1/admin/rollout",
+    "GET /api/v1/admin/decisions",
+    "GET /api/v1/admin/audit-log",
 }
 BODIES = {
     "AppointmentOut": "id patient_id doctor_id modality status starts_at ends_at duration_minutes reason session_id"
@@ -246,6 +251,13 @@ BODIES = {
     "NotificationOut": "id kind appointment_id session_context created_at read_at",
     "DoctorOut": "id name country",
     "UserOut": "id tenant_id role name country active",
+    "RolloutOut": "since flags",
+    "FlagReportOut": "flag enforced_when requests would_be_refused refused users first_seen last_seen safe_to_enforce"
+    " why callers",
+    "CallersOut": "operation client would_be_refused refused users first_seen last_seen",
+    "DecisionOut": "id at operation identifier appointment_id session_id user_id role client verdict reason flag flags"
+    " correlation_id",
+    "AuditEntryOut": "id at actor_id action subject details correlation_id",
     "Problem": "type title status detail instance code correlation_id appointment_id session_id session_context"
     " retry_after next_action errors",
     "BookAppointment": "doctor_id patient_id modality starts_at duration_minutes reason",

@@ -18,6 +18,8 @@ COMMANDS = (
     ("appointments", "monitor-sessions"),
     ("appointments", "auto-start-sessions"),
     ("appointments", "recover-sessions"),
+    ("flags", "report"),
+    ("explain", "12"),
     ("token", "--user", "1"),
     ("tenants", "create", "Riverside"),
 )
