@@ -305,3 +305,35 @@ async def test_the_flags_of_a_row_are_those_that_decided(clinic: Clinic) -> None
     ]
     for row in rows:
         assert {flag for flag, value in row["flags"].items() if value} == {"ALLOW_LEGACY_APPOINTMENT_CHAT"}
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_a_commit_that_is_never_answered_is_neither_repeated_nor_lost(
+    clinic: Clinic, owner: Owner, urls: Urls, committed: bool
+) -> None:
+    """The server commits or is killed while it does; either way the answer does not arrive."""
+    await owner.execute(
+        """
+        CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END';
+        CREATE CONSTRAINT TRIGGER dawdle AFTER INSERT ON decisions
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION dawdle();
+        """
+    )
+    committing = "SELECT pid FROM pg_stat_activity WHERE query = 'COMMIT;' AND wait_event = 'PgSleep'"
+    async with wire_to(urls.app) as (wire, address):
+        database = Database(address, application="tests", pool_size=2)
+        desk = Desk(database, clinic.tenant_id)
+        async with desk.recorder.writing():
+            desk.ask(SESSION, NOTHING)
+            pid = await until(lambda: owner.fetchval(committing))
+            wire.cut()
+            if not committed:
+                await owner.execute("SELECT pg_terminate_backend($1)", pid)
+            wire.state = "whole"
+
+            async def written() -> bool:
+                return not desk.recorder._queue
+
+            await until(written)
+        await database.close()
+    assert (len(await recorded(clinic)), await total(clinic)) == (1, 1)

@@ -19,6 +19,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
+import asyncpg
 import orjson
 
 from libs.domain.db import Database
@@ -56,16 +57,19 @@ _WRITE: Final = """
                     $8::text[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[])
             AS d (at, tenant_id, operation, identifier, appointment_id, session_id, user_id, role,
                   client, verdict, reason, flag, flags, correlation_id)
+    ), counted AS (
+        INSERT INTO decision_totals AS total (minute, tenant_id, operation, verdict, flag, requests)
+        SELECT date_trunc('minute', at), tenant_id, operation, verdict, flag, sum(requests)
+        FROM unnest($15::timestamptz[], $16::bigint[], $17::text[], $18::text[], $19::text[], $20::bigint[])
+            AS t (at, tenant_id, operation, verdict, flag, requests)
+        GROUP BY 1, 2, 3, 4, 5
+        ORDER BY 1, 2, 3, 4, 5 -- the same for all processes, so that they never wait for each other crosswise
+        ON CONFLICT (minute, tenant_id, operation, verdict, flag)
+            DO UPDATE SET requests = total.requests + excluded.requests
     )
-    INSERT INTO decision_totals AS total (minute, tenant_id, operation, verdict, flag, requests)
-    SELECT date_trunc('minute', at), tenant_id, operation, verdict, flag, sum(requests)
-    FROM unnest($15::timestamptz[], $16::bigint[], $17::text[], $18::text[], $19::text[], $20::bigint[])
-        AS t (at, tenant_id, operation, verdict, flag, requests)
-    GROUP BY 1, 2, 3, 4, 5
-    ORDER BY 1, 2, 3, 4, 5 -- the same for all processes, so that they never wait for each other crosswise
-    ON CONFLICT (minute, tenant_id, operation, verdict, flag)
-        DO UPDATE SET requests = total.requests + excluded.requests
+    SELECT pg_current_xact_id()::text
 """
+_STATUS: Final = "SELECT pg_xact_status($1::text::xid8)"
 
 
 class Decision(NamedTuple):
@@ -97,6 +101,14 @@ class Total(NamedTuple):
     flag: str
 
 
+class Batch(NamedTuple):
+    """What is being written: the head of the queue, and totals; `transaction` is the id of the one it is in."""
+
+    decisions: list[Decision]
+    totals: Counter[Total]
+    transaction: str | None = None
+
+
 class Recorder:
     """The decision log of one process, and a witness of its guard. `sample_rate` is the share of simply
     allowed calls that become rows."""
@@ -110,6 +122,7 @@ class Recorder:
         self._roomy = asyncio.Event()
         self._roomy.set()
         self._stopped = asyncio.Event()
+        self._in_doubt: Batch | None = None
 
     def saw(self, claim: Claim[Operation], facts: Facts, flags: Flags, verdict: Verdict) -> None:
         if verdict.refusal is Reason.UNAUTHENTICATED:
@@ -166,20 +179,36 @@ class Recorder:
 
     async def _flush(self) -> None:
         while self._queue or self._totals:
-            await self._write()
+            async with self._database.autocommit() as connection:
+                await self._resolve(connection)
+                await self._write(connection, Batch(self._queue[:BATCH], Counter(self._totals)))
 
-    async def _write(self) -> None:
-        """Writes a batch and all totals, in one transaction. They stay where they are if that fails."""
-        batch, totals = self._queue[:BATCH], Counter(self._totals)
-        async with self._database.autocommit() as connection:
-            present: datetime = await connection.fetchval("SELECT clock()")
-            began = present - timedelta(seconds=time.monotonic())  # of the monotonic clock, on that of the database
-            rows = [(began + timedelta(seconds=decision.at), *decision[1:]) for decision in batch]
-            counted = [(began + timedelta(seconds=total.at), *total[1:], number) for total, number in totals.items()]
-            columns = *_columns(rows, len(Decision._fields)), *_columns(counted, len(Total._fields) + 1)
-            await connection.execute(_WRITE, *columns)
-        del self._queue[: len(batch)]
-        self._totals = self._totals - totals
+    async def _write(self, connection: "asyncpg.Connection[Any]", batch: Batch) -> None:
+        """Writes all of a batch or, raising, none of it: it then stays where it is."""
+        present: datetime = await connection.fetchval("SELECT clock()")
+        began = present - timedelta(seconds=time.monotonic())  # of the monotonic clock, on that of the database
+        rows = [(began + timedelta(seconds=decision.at), *decision[1:]) for decision in batch.decisions]
+        counted = [(began + timedelta(seconds=total.at), *total[1:], number) for total, number in batch.totals.items()]
+        columns = *_columns(rows, len(Decision._fields)), *_columns(counted, len(Total._fields) + 1)
+        async with connection.transaction():
+            self._in_doubt = batch._replace(transaction=await connection.fetchval(_WRITE, *columns))
+        self._written(batch)
+
+    async def _resolve(self, connection: "asyncpg.Connection[Any]") -> None:
+        """Finds out what became of a batch whose commit nobody answered, so that nothing is counted twice."""
+        if self._in_doubt is None:
+            return
+        match await connection.fetchval(_STATUS, self._in_doubt.transaction):
+            case "committed":
+                self._written(self._in_doubt)
+            case "in progress":
+                raise TimeoutError("The server has not noticed yet that the connection was lost.")
+        self._in_doubt = None
+
+    def _written(self, batch: Batch) -> None:
+        self._in_doubt = None
+        del self._queue[: len(batch.decisions)]
+        self._totals = self._totals - batch.totals
         if len(self._queue) < ROOM:
             self._roomy.set()
 
