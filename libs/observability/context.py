@@ -25,7 +25,7 @@ _HEX = r"[0-9a-fA-F]"
 _ACCEPTED = re.compile(rf"{_HEX}{{8}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{12}}|{_HEX}{{32}}")
 
 # The name of the first product of a User-Agent, if it is one that may be stored and counted.
-_FAMILY = re.compile(r"([A-Za-z][A-Za-z0-9._+-]{0,39})(?:[/ ]|$)")
+_FAMILY = re.compile(r"([A-Za-z][A-Za-z0-9._+-]{0,39})(?:[/ ]|\Z)")
 
 _fields: ContextVar[Mapping[str, Any]] = ContextVar("fields", default={})  # noqa: B039 (never changed in place)
 

@@ -177,6 +177,9 @@ async def test_nobody_else_administers(api: Api, clinic: Clinic) -> None:
             await client.patch(f"/admin/users/{2**63 - 1}", json={"active": False}),
             await client.post("/admin/subscriptions", json=await subscription(clinic, patient)),
             await client.get("/admin/conversions"),
+            await client.get("/admin/rollout"),
+            await client.get("/admin/decisions"),
+            await client.get("/admin/audit-log"),
         ):
             problem(response, 403, "ROLE_NOT_ALLOWED")
     assert await clinic.fetchval("SELECT count(*) FROM users WHERE active") == len([clinic.operator, patient, *callers])

@@ -34,11 +34,30 @@ async def add_notification(clinic: Clinic) -> int:
     return notification_id
 
 
+async def add_decision(clinic: Clinic) -> int:
+    decision_id: int = await clinic.fetchval(
+        "INSERT INTO decisions (tenant_id, at, operation, identifier, user_id, role, client, verdict, flags)"
+        " VALUES ($1, clock(), 'get_messages', '12', 1, 'patient', 'okhttp', 'refused', '{}') RETURNING id",
+        clinic.tenant_id,
+    )
+    return decision_id
+
+
+async def add_deed(clinic: Clinic) -> int:
+    entry_id: int = await clinic.fetchval(
+        "INSERT INTO audit_log (tenant_id, action, subject) VALUES ($1, 'user_created', 'user:1') RETURNING id",
+        clinic.tenant_id,
+    )
+    return entry_id
+
+
 LISTS = {
     "/doctors": add_doctor,
     "/appointments": add_appointment,
     "/sessions": add_session,
     "/notifications": add_notification,
+    "/admin/decisions": add_decision,
+    "/admin/audit-log": add_deed,
 }
 
 

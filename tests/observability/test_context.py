@@ -13,6 +13,8 @@ from libs.observability.context import (
     accept_correlation_id,
     bind,
     carrier,
+    client,
+    client_family,
     continued,
     correlation_id,
     fields,
@@ -44,6 +46,32 @@ def test_whatever_else_is_offered_gives_way_to_a_new_id(offered: str | None) -> 
     assert re.fullmatch(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", accepted, re.ASCII)
     if accepted != offered:
         assert UUID(accepted).version == 4
+
+
+@pytest.mark.parametrize(
+    ("user_agent", "family"),
+    [
+        ("okhttp/4.12.0", "okhttp"),
+        ("OkHttp", "okhttp"),
+        ("Mozilla/5.0 (X11; Linux x86_64) Firefox/130.0", "mozilla"),
+        ("python-httpx/0.28 okhttp/4", "python-httpx"),
+        ("x" * 40 + "/1", "x" * 40),
+        ("x" * 41 + "/1", "unknown"),
+        ("", "unknown"),
+        (" okhttp/4", "unknown"),
+        ("jo@example.org", "unknown"),
+        ("265991234567/1", "unknown"),
+        ("okhttp\n/1", "unknown"),
+        ("<script>/1", "unknown"),
+        ("ökhttp/1", "unknown"),
+        ("(okhttp)", "unknown"),
+    ],
+)
+def test_the_family_of_a_client_is_the_name_of_its_first_product(user_agent: str, family: str) -> None:
+    assert client_family(user_agent) == family
+    with bind(client=client_family(user_agent)):
+        assert client() == family
+    assert client() == "unknown"
 
 
 def test_new_ids_differ() -> None:

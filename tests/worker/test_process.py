@@ -214,3 +214,21 @@ async def test_a_loop_that_loses_cancellations_does_not_keep_the_worker_from_end
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(signum)
     assert lost == 2
+
+
+async def test_a_worker_forgets_old_decisions(clinic: Clinic, urls: Urls, tmp_path: Path) -> None:
+    await clinic.fetch(
+        """
+        INSERT INTO decisions (tenant_id, at, operation, identifier, user_id, role, client, verdict, flags)
+        SELECT $1, clock() - days * interval '1 day', 'join', '12', 1, 'patient', 'okhttp', 'refused', '{}'
+        FROM unnest(ARRAY[1, 29, 31, 400]) AS days
+        """,
+        clinic.tenant_id,
+    )
+    async with running_worker(urls.app, urls.redis, tmp_path / "worker.jsonl"):
+
+        async def forgotten() -> bool:
+            number: int = await clinic.fetchval("SELECT count(*) FROM decisions")
+            return number == 2
+
+        await until(forgotten)
