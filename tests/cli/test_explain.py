@@ -157,8 +157,8 @@ async def test_a_loop_of_refusals_does_not_bury_the_story(clinic: Clinic, owner:
         """
         INSERT INTO decisions (tenant_id, at, operation, identifier, appointment_id, user_id, role, client, verdict,
                                reason, flags)
-        SELECT $1, clock() + n * interval '1 ms', 'send_message', $2::bigint::text, $2::bigint, 1, 'patient', 'okhttp', 'refused',
-               'SESSION_NOT_READY', '{}'
+        SELECT $1, clock() + n * interval '1 ms', 'send_message', $2::bigint::text, $2::bigint, 1, 'patient', 'okhttp',
+               'refused', 'SESSION_NOT_READY', '{}'
         FROM generate_series(1, 1200) n
         """,
         clinic.tenant_id,
