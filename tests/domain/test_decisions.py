@@ -33,6 +33,7 @@ from libs.guardrails import (
 from libs.guardrails.operations import CompleteSession, GetMessages, SendMessage
 from libs.observability.context import bind
 from libs.observability.registry import Metrics
+from libs.observability.testing import capture_logs
 from tests.api.calls import Owner
 from tests.api.test_failures import wire_to
 from tests.clinic import Clinic
@@ -337,3 +338,14 @@ async def test_a_commit_that_is_never_answered_is_neither_repeated_nor_lost(
             await until(written)
         await database.close()
     assert (len(await recorded(clinic)), await total(clinic)) == (1, 1)
+
+
+async def test_the_end_of_a_process_does_not_wait_for_a_database_that_takes_nothing(
+    clinic: Clinic, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "STOP_SECONDS", 0.1)
+    desk = Desk(clinic.database, clinic.tenant_id)
+    with capture_logs() as logs:
+        async with refusing_rows(owner), asyncio.timeout(2), desk.recorder.writing():
+            desk.ask(SESSION, NOTHING)
+        assert [line["waiting"] for line in logs.lines("decisions_not_written")] == [1]

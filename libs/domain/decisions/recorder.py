@@ -156,10 +156,11 @@ class Recorder:
             yield
         finally:
             self._stopped.set()
-            await asyncio.wait({writer}, timeout=STOP_SECONDS)
-            writer.cancel()
-            with suppress(asyncio.CancelledError):
-                await writer
+            done, _ = await asyncio.wait({writer}, timeout=STOP_SECONDS)
+            if not done:
+                writer.cancel()
+                await asyncio.wait({writer})
+                self._tell(TimeoutError())
 
     async def _run(self) -> None:
         wait = FLUSH_SECONDS
@@ -171,11 +172,14 @@ class Recorder:
                 wait = FLUSH_SECONDS
             except Exception as error:
                 wait = min(2 * wait, LONGEST_WAIT)
-                _log.warning("decisions_not_written", exception_type=type(error).__name__, waiting=len(self._queue))
+                self._tell(error)
             if not last:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await self._stopped.wait()
+
+    def _tell(self, error: Exception) -> None:
+        _log.warning("decisions_not_written", exception_type=type(error).__name__, waiting=len(self._queue))
 
     async def _flush(self) -> None:
         while self._queue or self._totals:
