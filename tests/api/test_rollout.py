@@ -130,7 +130,8 @@ async def test_an_operator_sees_the_own_tenant_alone(make_api: MakeApi, clinic: 
     problem(await read(api, theirs.patient, (await clinic.session()).appointment_id), 404, "APPOINTMENT_NOT_FOUND")
     found(await read(api, elsewhere.operator, theirs.context))
     await decided(clinic, 3)
-    assert (await flags_of(api, clinic))[CHAT]["requests"] == 0
+    ours = (await flags_of(api, clinic))[CHAT]
+    assert (ours["requests"], ours["would_be_refused"], ours["callers"]) == (0, 0, [])
     assert (await flags_of(api, elsewhere))[CHAT]["would_be_refused"] == 1
     for path, number in (("/admin/decisions", 2), ("/admin/audit-log", 1)):
         assert found(await api.as_(clinic.operator).get(path))["items"] == []
