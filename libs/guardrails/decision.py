@@ -99,8 +99,9 @@ def _with_session(
 def _without_session(operation: type[Operation], appointment: AppointmentFacts, flags: Flags) -> Verdict:
     if appointment.status not in _CAN_STILL_START:
         return Verdict(Reason.SESSION_NOT_ACTIVE)
-    flag = Flag.ALLOW_LEGACY_APPOINTMENT_CHAT
-    if flags[flag] and appointment.status == "CONFIRMED":
+    # Only a confirmed appointment will get a session by itself; before that, no flag lets anybody in.
+    flag = Flag.ALLOW_LEGACY_APPOINTMENT_CHAT if appointment.status == "CONFIRMED" else None
+    if flag and flags[flag]:
         return Verdict(shadow=Reason.SESSION_NOT_READY, flag=flag)
     wait = PARKED_RETRY_AFTER if appointment.parked else max(1, math.ceil(appointment.due_in))
     details = {"appointment_id": appointment.id, "retry_after": wait}

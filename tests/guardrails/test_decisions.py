@@ -155,7 +155,8 @@ def promised(case: Case) -> tuple[str, Flag | None]:
         # By appointment id, without a session.
         (appointment_status in WILL_NEVER_HAVE_A_SESSION, "SESSION_NOT_ACTIVE", None),
         (lenient and appointment_status == "CONFIRMED", "warned: SESSION_NOT_READY", allow),
-        (True, "SESSION_NOT_READY", allow),
+        (appointment_status == "CONFIRMED", "SESSION_NOT_READY", allow),
+        (True, "SESSION_NOT_READY", None),
     ]
     return next((answer, flag) for applies, answer, flag in rules if applies)
 
