@@ -37,11 +37,18 @@ _COLUMNS: Final = [audit_log.c[name] for name in Entry.__dataclass_fields__]
 
 async def record(tx: Transaction, actor: Principal, action: str, subject: str, **details: Any) -> None:
     """`subject` names the row concerned, such as `user:7` or `text_session:12`."""
+    await write(tx, actor.tenant_id, actor.user_id, action, subject, details)
+
+
+async def write(
+    tx: Transaction, tenant_id: int | None, actor_id: int | None, action: str, subject: str, details: dict[str, Any]
+) -> None:
+    """Likewise for what concerns all tenants (`tenant_id` None), or was done by no user (`actor_id` None)."""
     await tx.execute(
         _RECORD,
         {
-            "tenant_id": actor.tenant_id,
-            "actor_id": actor.user_id,
+            "tenant_id": tenant_id,
+            "actor_id": actor_id,
             "action": action,
             "subject": subject,
             "details": details,

@@ -95,6 +95,7 @@ _GUARD: Final = (
         Label("verdict", ("allowed", "warned", "refused")),
     ),
     gauge("feature_flag_enabled", "1 when the flag is on", Label("flag", tuple(Flag))),
+    counter("flag_tripwire_total", "Flags that went back to off by their tripwire", Label("flag", tuple(Flag))),
 )
 
 _SCHEDULING: Final = (

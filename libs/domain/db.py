@@ -1,8 +1,8 @@
-"""Connections to PostgreSQL: two small pools over one address, both made by asyncpg.
+"""Connections to PostgreSQL: two small pools over one address, both made by asyncpg, and single ones.
 
 `Database.begin` opens a transaction. `Database.autocommit` hands out a bare asyncpg connection for
 the few hot operations that are one statement each: it skips BEGIN, COMMIT and the reset query, so
-nothing that runs on it may leave session state behind.
+nothing that runs on it may leave session state behind. `Database.alone` is for who keeps a connection.
 """
 
 import asyncio
@@ -57,12 +57,12 @@ class Database:
         command_timeout: float = 10.0,
         timeouts: Mapping[str, str] | None = None,
     ) -> None:
-        async def connect(*_: Any, **__: Any) -> "asyncpg.Connection[Any]":
+        async def connect(name: str = application) -> "asyncpg.Connection[Any]":
             connection = await asyncpg.connect(
                 dsn,
                 timeout=CONNECT_TIMEOUT,
                 command_timeout=command_timeout,
-                server_settings={"application_name": application, "timezone": "UTC", **_PLANNING},
+                server_settings={"application_name": name, "timezone": "UTC", **_PLANNING},
             )
             if timeouts:
                 await connection.execute(_CONFIGURE, list(timeouts), list(timeouts.values()))
@@ -71,7 +71,7 @@ class Database:
         def engine(**options: Any) -> AsyncEngine:
             return create_async_engine(
                 "postgresql+asyncpg://",
-                async_creator=connect,
+                async_creator=lambda *_, **__: connect(),
                 poolclass=AsyncAdaptedQueuePool,
                 pool_size=pool_size,
                 max_overflow=0,
@@ -82,6 +82,8 @@ class Database:
             )
 
         self.max_connections: Final = 2 * pool_size
+        self._application = application
+        self._connect = connect
         self._transactions = engine(pool_pre_ping=True)
         self._autocommit = engine(pool_reset_on_return=None, isolation_level="AUTOCOMMIT")
         event.listen(self._autocommit.sync_engine, "checkout", _discard_closed)
@@ -97,6 +99,15 @@ class Database:
         """A bare asyncpg connection on which each statement is its own transaction."""
         async with self._autocommit.connect() as connection:
             yield await driver(connection)
+
+    @asynccontextmanager
+    async def alone(self, purpose: str) -> AsyncIterator["asyncpg.Connection[Any]"]:
+        """A connection outside of the pools, for whoever listens; `purpose` is added to its name."""
+        connection = await self._connect(f"{self._application} {purpose}")
+        try:
+            yield connection
+        finally:
+            connection.terminate()  # whoever listens has nothing to finish, and the server may be gone
 
     def in_use(self) -> int:
         """Connections checked out at this moment, of both pools."""

@@ -14,10 +14,11 @@ from libs.domain.chat.sending import Chat
 from libs.domain.conversion.monitor import Thresholds
 from libs.domain.db import Database
 from libs.domain.decisions.recorder import Recorder
+from libs.domain.flags.live import LiveFlags
 from libs.domain.settings import FlagSettings, Settings
 from libs.domain.telemetry import GuardTelemetry
 from libs.domain.transaction import Bell, Transaction, transaction
-from libs.guardrails import FixedFlags, Flag, Flags, Guard
+from libs.guardrails import Flag, Flags, Guard
 from libs.observability.logging import LogSettings, configure_logging
 from libs.observability.registry import Metrics
 from libs.observability.tracing import configure_tracing
@@ -38,6 +39,7 @@ class Runtime:
     database: Database
     bell: Bell
     recorder: Recorder
+    flags: LiveFlags
     guard: Guard
     bodies: Bodies
     chat: Chat
@@ -49,10 +51,9 @@ class Runtime:
 
 def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Database, bell: Bell) -> Runtime:
     """Puts the parts together; opens nothing."""
+    live = LiveFlags(flags, database=database, metrics=metrics)
     recorder = Recorder(database, metrics, sample_rate=settings.decision_sample_rate)
-    guard = Guard(FixedFlags(flags), GuardTelemetry(metrics, recorder))
-    for flag in Flag:
-        metrics.gauge("feature_flag_enabled", flag.value).set(flags[flag])
+    guard = Guard(live, GuardTelemetry(metrics, recorder))
     bodies = Bodies.parse(settings.field_keys.get_secret_value())
     chat = Chat(
         database,
@@ -63,7 +64,7 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
         response_window=timedelta(seconds=settings.text_session_response_window_seconds),
         messages_per_minute=settings.chat_messages_per_minute,
     )
-    return Runtime(settings, metrics, database, bell, recorder, guard, bodies, chat)
+    return Runtime(settings, metrics, database, bell, recorder, live, guard, bodies, chat)
 
 
 @asynccontextmanager

@@ -18,13 +18,26 @@ from libs.guardrails.context import (
     parse_context,
 )
 from libs.guardrails.decision import Verdict, decide
-from libs.guardrails.flags import FixedFlags, Flag, Flags, FlagSource
+from libs.guardrails.flags import (
+    ENFORCES,
+    FixedFlags,
+    Flag,
+    Flags,
+    FlagSource,
+    Origin,
+    Override,
+    Rollout,
+    Target,
+    Tripwire,
+    Value,
+)
 from libs.guardrails.guard import Guard, Witness
 from libs.guardrails.operations import OPERATIONS, Family, Operation, SessionStatus
 from libs.guardrails.permissions import ROLES, Permission, Principal, Role
 from libs.guardrails.reasons import Kind, Reason, Refused
 
 __all__ = [
+    "ENFORCES",
     "OPERATIONS",
     "ROLES",
     "AppointmentFacts",
@@ -39,16 +52,22 @@ __all__ = [
     "Guard",
     "Kind",
     "Operation",
+    "Origin",
+    "Override",
     "Permission",
     "Principal",
     "Reason",
     "Refused",
     "Role",
+    "Rollout",
     "SessionContext",
     "SessionFacts",
     "SessionKind",
     "SessionRef",
     "SessionStatus",
+    "Target",
+    "Tripwire",
+    "Value",
     "Verdict",
     "Witness",
     "decide",

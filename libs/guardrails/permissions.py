@@ -26,6 +26,7 @@ class Permission(StrEnum):
     ANSWER_PROPOSALS = "answer_proposals"
     REPORT_PRESENCE = "report_presence"
     ADMINISTER_PEOPLE = "administer_people"
+    ADMINISTER_FLAGS = "administer_flags"
     SEE_OPERATIONS = "see_operations"
 
 
@@ -45,6 +46,7 @@ ROLES: dict[Permission, frozenset[Role]] = {
     Permission.ANSWER_PROPOSALS: frozenset({Role.PATIENT}),
     Permission.REPORT_PRESENCE: frozenset({Role.PATIENT, Role.DOCTOR}),
     Permission.ADMINISTER_PEOPLE: frozenset({Role.OPERATOR}),
+    Permission.ADMINISTER_FLAGS: frozenset({Role.OPERATOR}),
     Permission.SEE_OPERATIONS: frozenset({Role.OPERATOR}),
 }
 

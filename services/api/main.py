@@ -111,7 +111,7 @@ async def open_app(settings: ApiSettings, flags: FlagSettings) -> AsyncIterator[
         metrics.gauge("db_connections_max", "api").set(database.max_connections)
         try:
             runtime = compose(settings, flags_of(flags), metrics=metrics, database=database, bell=doorbell)
-            async with watch_loop(metrics), runtime.recorder.writing():
+            async with watch_loop(metrics), runtime.flags.following(), runtime.recorder.writing():
                 yield create_app(runtime, settings, identity=identity, doorbell=doorbell, access=access)
         finally:
             await doorbell.close()

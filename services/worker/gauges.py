@@ -1,8 +1,8 @@
 """What the worker writes down and exports about the state of the database, from one place.
 
-A heartbeat every second proves that a worker lives and that its pulse beats. Every 15 seconds the gauges
-are set and the backlog sampled, runs made at the command line are added to the counters, each exactly
-once, and old idempotency keys and decisions are forgotten.
+A heartbeat every second proves that a worker lives and that its pulse beats; as often, flags whose tripwire
+is crossed are turned off. Every 15 seconds the gauges are set and the backlog sampled, runs made at the
+command line are added to the counters, each exactly once, and old idempotency keys and decisions are forgotten.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from libs.domain import idempotency
 from libs.domain.conversion import monitor
 from libs.domain.conversion.report import count
 from libs.domain.decisions import log as decisions
+from libs.domain.flags import tripwires
 from libs.domain.runtime import Runtime
 from libs.domain.tables import PENDING_DELIVERY
 from libs.domain.telemetry import logger
@@ -65,6 +66,7 @@ class Gauges:
                     await idempotency.prune(self._runtime.database)
                     await decisions.prune(self._runtime.database)
                     measured_at = loop.time()
+                await self.trip_flags()
             except Exception as error:
                 _log.error("gauges_failed", exc_info=error, exception_type=type(error).__name__)
             await asyncio.sleep(HEARTBEAT_SECONDS)
@@ -84,6 +86,12 @@ class Gauges:
         metrics.gauge("db_connections_in_use", "worker").set(database.in_use())
         for run in runs:
             count(metrics, run["task"], [(run["result"], run["modality"], run["reason"], run["number"])])
+
+    async def trip_flags(self) -> None:
+        async with self._runtime.begin() as tx:
+            tripped = await tripwires.trip(tx)
+        for each in tripped:
+            each.tell(self._runtime.metrics)
 
     async def leave(self) -> None:
         """Takes this worker off the list, when it stops in good order."""

@@ -86,6 +86,7 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
             async with (
                 serve_metrics(metrics, access, settings.worker_metrics_host, settings.worker_metrics_port) as port,
                 watch_loop(metrics),
+                runtime.flags.following(),
                 runtime.recorder.writing(),
             ):
                 _log.info("worker_started", worker=settings.worker_name, metrics_port=port)
