@@ -23,6 +23,7 @@ from libs.observability.loop import watch_loop
 from libs.observability.tracing import tracer_provider
 from services.api import errors, public
 from services.api.admin.decisions import router as decisions
+from services.api.admin.flags import router as admin_flags
 from services.api.admin.routes import router as admin
 from services.api.appointments.routes import router as appointments
 from services.api.chat.routes import router as chat
@@ -34,7 +35,7 @@ from services.api.people.routes import router as people
 from services.api.sessions.routes import router as sessions
 from services.api.settings import ApiSettings
 
-ROOMS: Final = (people, appointments, sessions, chat, notifications, admin, decisions)
+ROOMS: Final = (people, appointments, sessions, chat, notifications, admin, decisions, admin_flags)
 BASE: Final = "/api/v1"
 GRACE_SECONDS: Final = 15
 

@@ -22,7 +22,7 @@ import psutil
 from dotenv import dotenv_values
 from pydantic_settings import BaseSettings
 
-from libs.domain.settings import DatabaseSettings, load, sources, variable
+from libs.domain.settings import DatabaseSettings, FlagSettings, load, sources, variable
 from services.cli.errors import CommandError
 
 CLOCK_SLACK_SECONDS: Final = 2.0
@@ -52,7 +52,8 @@ class Logs(TypedDict):
 
 
 class Whereabouts(TypedDict):
-    """The content of up.json. `database_url` is of the libpq form and names the owner of the schema."""
+    """The content of up.json. `database_url` is of the libpq form and names the owner of the schema; `flags` are
+    the rollout flags that the services were given by their environment."""
 
     api: str
     worker_metrics: str
@@ -60,6 +61,7 @@ class Whereabouts(TypedDict):
     redis_url: str
     pids: Pids
     logs: Logs
+    flags: dict[str, bool]
     users: list[Person]
 
 
@@ -194,6 +196,12 @@ def settings(kind: type[S]) -> S:
         if "SESSIONGATE_JWT_JWKS" not in given:
             found["jwt_secret"] = home.secret()
     return load(kind, **{name: value for name, value in found.items() if variable(kind, name) not in given})
+
+
+def flag_settings() -> FlagSettings:
+    """The rollout flags in the environment of the services: of the running `up`, or else that of this process."""
+    running = Home.locate().read()
+    return load(FlagSettings, **(running["flags"] if running else {}))
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ COMMANDS: Final = {
     "tenants": "services.cli.people:tenants",
     "appointments": "services.cli.appointments:app",
     "keys": "services.cli.keys:app",
-    "flags": "services.cli.rollout:flags",
+    "flags": "services.cli.flags:app",
     "explain": "services.cli.explain:explain",
     "demo": "services.cli.demo:demo",
 }

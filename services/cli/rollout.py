@@ -16,15 +16,7 @@ from services.cli import home
 from services.cli.database import opened
 from services.cli.errors import CommandError
 
-flags = typer.Typer(no_args_is_help=True, help="The rollout flags.")
 
-
-@flags.callback()
-def _group() -> None:
-    """Makes a group of the one command."""
-
-
-@flags.command("report")
 def report(
     since: Annotated[str, typer.Option(help="Since when: 90m, 24h, 7d, or a timestamp with an offset.")] = "24h",
     tenant: Annotated[int | None, typer.Option(min=1, help="Of this tenant alone.")] = None,

@@ -89,7 +89,7 @@ async def _run(home: Home, lock: Lock, port: int | None, worker_port: int | None
     async with AsyncExitStack() as stack:
         servers = stack.enter_context(embedded.prepare(home, lock))
         _set_environment(given, home, servers, port, worker_port)
-        settings, worker_settings, _ = load(ApiSettings), load(WorkerSettings), load(FlagSettings)
+        settings, worker_settings, flags = load(ApiSettings), load(WorkerSettings), load(FlagSettings)
         _check_ports(settings, worker_settings)
         owner_url = libpq_dsn(settings.migrations_database_url or settings.database_url)
         # The services need not know who may change the schema.
@@ -115,6 +115,7 @@ async def _run(home: Home, lock: Lock, port: int | None, worker_port: int | None
             redis_url=settings.redis_url,
             api=Service("API", "services.api", f"{url}/readyz", home.log("api.jsonl"), lock),
             worker=Service("worker", "services.worker", worker_url, home.log("worker.jsonl"), lock),
+            flags=flags,
             postgres=postgres,
             redis=redis,
         )
@@ -131,6 +132,7 @@ async def _run(home: Home, lock: Lock, port: int | None, worker_port: int | None
                 await running.worker.ready()
                 running.users = await seeding
                 running.publish()
+                await _tell_shadows(owner_url, flags)
                 _invite(url, running.users)
         except* CommandError as group:
             raise group.exceptions[0] from None
@@ -146,6 +148,7 @@ class Running:
     redis_url: str
     api: Service
     worker: Service
+    flags: FlagSettings
     postgres: Process | None
     redis: Process | None
     users: list[Person] = field(default_factory=list)
@@ -166,6 +169,7 @@ class Running:
                     "redis": self.redis.pid if self.redis else None,
                 },
                 "logs": {"api": str(self.api.log), "worker": str(self.worker.log)},
+                "flags": self.flags.model_dump(),
                 "users": self.users,
             }
         )
@@ -228,6 +232,19 @@ async def _seed(owner_url: str, settings: ApiSettings) -> list[Person]:
     if settings.jwt_secret is None:
         return []
     return await seed.people(owner_url, settings.jwt_secret.get_secret_value(), settings.jwt_issuer)
+
+
+async def _tell_shadows(owner_url: str, flags: FlagSettings) -> None:
+    """Says which overrides of an earlier day win over what the services were given."""
+    # Here, for the same reason as in `_seed`.
+    from services.cli.flags import describe, rollout_of
+
+    for override in (await rollout_of(owner_url, flags)).shadowing():
+        whose = "" if override.tenant_id is None else f" for tenant {override.tenant_id}"
+        say(
+            f"An override{whose} has {override.flag} {describe(override.target)}, whatever the environment says;"
+            " see `sessiongate flags list`."
+        )
 
 
 async def _watch(name: str, process: Process) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.types import BigInteger, Text
 
 from libs.domain import audit
+from libs.domain.db import driver
 from libs.domain.transaction import Transaction
 from libs.guardrails import Flag, Override, Principal, Target, Tripwire
 
@@ -64,10 +65,8 @@ class Change:
     after: dict[str, Any] | None
 
 
-def as_json(override: Override | None) -> dict[str, Any] | None:
-    """An override as the audit log and the command line show it."""
-    if override is None:
-        return None
+def as_json(override: Override) -> dict[str, Any]:
+    """What an override says, as the audit log and the command line show it."""
     tripwire = asdict(override.tripwire) if override.tripwire else None
     return {"target": override.target.as_json(), "tripwire": tripwire}
 
@@ -75,6 +74,11 @@ def as_json(override: Override | None) -> dict[str, Any] | None:
 async def read(connection: "asyncpg.Connection[Any]", *, timeout: float | None = None) -> list[Override]:
     """All overrides. Raises ValueError for one that this version cannot read."""
     return [_override(row) for row in await connection.fetch(_READ, [*Flag], timeout=timeout)]
+
+
+async def all_of(tx: Transaction) -> list[Override]:
+    """All overrides, as the transaction sees them."""
+    return await read(await driver(await tx.connection()))
 
 
 async def lock_armed(tx: Transaction) -> list[Override]:
@@ -126,7 +130,7 @@ async def note(
     **details: Any,
 ) -> None:
     """Audits a change and announces it to all processes once it is committed."""
-    told = {"before": as_json(before), "after": as_json(after), **details}
+    told = {"before": before and as_json(before), "after": after and as_json(after), **details}
     actor_id = actor.user_id if actor else None
     await audit.write(tx, concerned.tenant_id, actor_id, action, f"flag:{concerned.flag.value}", told)
     await tx.execute(_ANNOUNCE, {"channel": CHANNEL})

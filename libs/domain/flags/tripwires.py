@@ -12,7 +12,6 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.types import BigInteger, Interval, Text
 
-from libs.domain.db import driver
 from libs.domain.flags import overrides
 from libs.domain.telemetry import logger
 from libs.domain.transaction import Transaction
@@ -58,7 +57,7 @@ async def trip(tx: Transaction) -> list[Trip]:
     armed = await overrides.lock_armed(tx)
     if not armed:
         return []
-    rollout = Rollout.of(Flags(), await overrides.read(await driver(await tx.connection())))
+    rollout = Rollout.of(Flags(), await overrides.all_of(tx))
     tripped = []
     for override in armed:
         requests, refused = await _traffic(tx, override, rollout)
