@@ -58,7 +58,7 @@ GRANTED = {
     Role.OPERATOR: {
         *("see_oneself", "see_doctors", "see_notifications", "see_appointments", "see_sessions"),
         *("book_appointments", "confirm_appointments", "cancel_appointments", "propose_new_times"),
-        *("administer_people", "see_operations"),
+        *("administer_people", "administer_flags", "see_operations"),
     },
     Role.SERVICE: set(),
 }
