@@ -141,6 +141,12 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
         "get_rollout": (operator, {}, {}),
         "list_decisions": (operator, {}, {}),
         "list_audit_log": (operator, {}, {}),
+        "list_flags": (operator, {}, {}),
+        "set_flag": (
+            operator,
+            {"flag": "ENFORCE_SESSION_GATED_CHAT"},
+            {"enabled": True, "tripwire": {"share": 0.1, "minutes": 5, "minimum": 50}},
+        ),
     }
     described = {
         operation["operationId"]: (method.upper(), template, operation)

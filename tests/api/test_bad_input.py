@@ -51,6 +51,11 @@ async def test_no_path_leads_to_what_is_no_id(api: Api, clinic: Clinic, owner: O
                         body = await call.refused(api, call.path(emoji=value))
                         assert [error["pointer"] for error in body["errors"]] == ["/emoji"], value
                     continue
+                if name == "flag":
+                    for value in ("FLY", "enforce_session_gated_chat", "%00", CANARY):
+                        body = await call.refused(api, call.path(flag=value))
+                        assert [error["pointer"] for error in body["errors"]] == ["/flag"], value
+                    continue
                 for value in filter(None, BAD_IDS):
                     sent = value if "%" in value else quote(value)
                     for spoiled in (sent,) if schema["type"] == "integer" else (f"text_session:{sent}", f"call:{sent}"):

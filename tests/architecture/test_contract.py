@@ -105,6 +105,7 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     ),
     "guard_decisions_dropped_total": ("counter", {"verdict": "allowed warned refused"}),
     "feature_flag_enabled": ("gauge", {"flag": " ".join(FLAGS)}),
+    "flag_tripwire_total": ("counter", {"flag": " ".join(FLAGS)}),
     "scheduling_book_duration_seconds": ("histogram", {}),
     "booking_post_own_duration_seconds": ("histogram", {}),
     "scheduling_book_conflict_total": ("counter", {}),
@@ -177,6 +178,9 @@ LOG_EVENTS = {
     "expiry_failed": "exception_type",
     "gauges_failed": "exception_type",
     "doorbell_lost": "exception_type",
+    "flag_environment_shadowed": "flag tenant_id target environment",
+    "flag_tripped": "flag tenant_id requests refused",
+    "flags_not_followed": "exception_type",
     "database_unavailable": "exception_type",
     "jwks_reload_failed": "exception_type",
     "unhandled_error": "error_code",
@@ -236,6 +240,8 @@ ROUTES = {
     "GET /api/v1/admin/rollout",
     "GET /api/v1/admin/decisions",
     "GET /api/v1/admin/audit-log",
+    "GET /api/v1/admin/flags",
+    "PUT /api/v1/admin/flags/{flag}",
 }
 BODIES = {
     "AppointmentOut": "id patient_id doctor_id modality status starts_at ends_at duration_minutes reason session_id"
@@ -258,11 +264,16 @@ BODIES = {
     "DecisionOut": "id at operation identifier appointment_id session_id user_id role client verdict reason flag flags"
     " correlation_id",
     "AuditEntryOut": "id at actor_id action subject details correlation_id",
+    "FlagsOut": "items",
+    "FlagOut": "flag enabled origin tripwire",
+    "TripwireOut": "share minutes minimum",
     "Problem": "type title status detail instance code correlation_id appointment_id session_id session_context"
     " retry_after next_action errors",
     "BookAppointment": "doctor_id patient_id modality starts_at duration_minutes reason",
     "SendMessageIn": "client_message_id body kind media_url",
     "CreateUser": "role name country active",
+    "SetFlag": "enabled tripwire",
+    "TripwireIn": "share minutes minimum",
     "CreateSubscription": "patient_id plan starts_at ends_at text_sessions_remaining voice_calls_remaining"
     " video_calls_remaining",
 }

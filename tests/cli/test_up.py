@@ -17,7 +17,7 @@ import asyncpg
 import psutil
 import pytest
 
-from services.cli.embedded import LOGIN, OWNER, Servers
+from services.cli.embedded import LOGIN, OWNER
 from services.cli.home import Home
 from tests.cli.conftest import STOP_SECONDS, StartUp, Up, is_alive, mode, open_folder, sessiongate
 
@@ -57,7 +57,7 @@ def test_the_services_log_to_files(up: Up) -> None:
 async def test_up_json_tells_everything_and_only_to_the_user(up: Up) -> None:
     assert mode(up.home / "up.json") == 0o600
     found = up.whereabouts()
-    assert found.keys() == {"api", "worker_metrics", "database_url", "redis_url", "pids", "logs", "users"}
+    assert found.keys() == {"api", "worker_metrics", "database_url", "redis_url", "pids", "logs", "flags", "users"}
     assert found["pids"].keys() == {"up", "api", "worker", "postgres", "redis"}
     assert found["pids"]["up"] == up.process.pid
     assert found["logs"] == {name: str(up.home / "logs" / f"{name}.jsonl") for name in ("api", "worker")}
@@ -84,6 +84,21 @@ def test_it_enforces_unless_dotenv_or_the_environment_say_otherwise(up: Up) -> N
         "DISABLE_LEGACY_APPOINTMENT_TRIGGERS": 1,  # of `up`
         "ALLOW_LEGACY_APPOINTMENT_CHAT": 1,  # exported
     }
+
+
+def test_flags_are_listed_beside_the_environment_of_the_services(up: Up, folder: Path) -> None:
+    listed = json.loads(sessiongate(folder, "flags", "list", "--json", env={"SESSIONGATE_HOME": str(up.home)}).stdout)
+    environment = {row["flag"]: row["environment"] for row in listed["flags"]}
+    assert (
+        environment
+        == up.whereabouts()["flags"]
+        == {
+            "ENFORCE_SESSION_GATED_CHAT": True,
+            "ENFORCE_SESSION_GATED_BILLING": False,
+            "DISABLE_LEGACY_APPOINTMENT_TRIGGERS": True,
+            "ALLOW_LEGACY_APPOINTMENT_CHAT": True,
+        }
+    )
 
 
 def test_a_second_one_says_where_the_first_is(up: Up, folder: Path) -> None:
@@ -134,9 +149,12 @@ async def test_data_outlives_every_end_and_processes_do_not(start_up: StartUp, f
     assert third.end(signal.SIGTERM) == 0
 
 
-async def test_given_servers_are_used_instead_of_embedded_ones(
-    start_up: StartUp, folder: Path, urls: Any, servers: Servers
+async def test_given_servers_are_used_instead_of_embedded_ones_and_what_is_overridden_there_is_said(
+    start_up: StartUp, folder: Path, urls: Any, owner: Any
 ) -> None:
+    for flag, on in (("ENFORCE_SESSION_GATED_CHAT", False), ("ENFORCE_SESSION_GATED_BILLING", True)):
+        target = json.dumps({"default": on})
+        await owner.execute("INSERT INTO flag_overrides (flag, target) VALUES ($1, $2)", flag, target)
     env = {"SESSIONGATE_DATABASE_URL": urls.app, "SESSIONGATE_REDIS_URL": urls.redis}
     started = start_up(folder, env=env | {"SESSIONGATE_MIGRATIONS_DATABASE_URL": urls.owner})
     started.wait_for("Ctrl-C")
@@ -144,6 +162,10 @@ async def test_given_servers_are_used_instead_of_embedded_ones(
     assert (found["pids"]["postgres"], found["pids"]["redis"]) == (None, None)
     assert (found["database_url"], found["redis_url"]) == (urls.owner, urls.redis)
     assert not (started.home / "postgres").exists()
+    said = [line for line in started.output.splitlines() if line.startswith("An override")]
+    assert said == [
+        "An override has ENFORCE_SESSION_GATED_CHAT off, whatever the environment says; see `sessiongate flags list`."
+    ]
     assert started.end(signal.SIGTERM) == 0
 
 
