@@ -220,15 +220,32 @@ async def test_a_process_that_starts_without_a_database_has_the_flags_of_its_env
     await nowhere.close()
 
 
-async def test_what_is_read_last_is_what_counts(clinic: Clinic, live: LiveFlags) -> None:
-    """Reading on request and reading by the way must not overtake each other."""
-    for number in range(40):
-        expected = number % 2 == 0
-        await put(clinic, Override(CHAT, None, Target(expected)))
-        await live.reload()
-        for _ in range(5):
-            assert live.for_tenant(clinic.tenant_id)[CHAT] is expected
-            await asyncio.sleep(0)
+class Late:
+    """A connection whose answer is held back."""
+
+    def __init__(self, connection: "asyncpg.Connection[Any]") -> None:
+        self._connection = connection
+        self.has_read = asyncio.Event()
+        self.may_answer = asyncio.Event()
+
+    async def fetch(self, *arguments: Any, **options: Any) -> Any:
+        rows = await self._connection.fetch(*arguments, **options)
+        self.has_read.set()
+        await self.may_answer.wait()
+        return rows
+
+
+async def test_what_was_read_before_a_change_does_not_undo_it(clinic: Clinic, owner: Owner) -> None:
+    flags = live_flags(clinic.database)
+    late: Any = Late(owner)
+    async with in_time(), asyncio.TaskGroup() as tasks:
+        tasks.create_task(flags._read(late))
+        await late.has_read.wait()
+        await put(clinic, Override(CHAT, None, Target(True)))
+        reloading = tasks.create_task(flags.reload())
+        await asyncio.wait([reloading], timeout=0.2)
+        late.may_answer.set()
+    assert flags.for_tenant(clinic.tenant_id)[CHAT]
 
 
 async def test_a_row_that_cannot_be_read_changes_nothing(clinic: Clinic, live: LiveFlags, owner: Owner) -> None:
