@@ -22,6 +22,7 @@ COMMANDS = (
     ("explain", "12"),
     ("token", "--user", "1"),
     ("tenants", "create", "Riverside"),
+    ("flags", "list"),
 )
 
 

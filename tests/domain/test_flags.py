@@ -138,6 +138,14 @@ async def test_clearing_can_be_confined_to_a_flag_or_a_tenant(clinic: Clinic) ->
         assert await overrides.all_of(tx) == [everyone]
 
 
+async def test_a_flag_of_another_version_is_left_to_it(clinic: Clinic, owner: Owner) -> None:
+    await owner.execute("INSERT INTO flag_overrides (flag, target) VALUES ('OF_ANOTHER_VERSION', '7')")
+    await put(clinic, Override(CHAT, None, Target(True)))
+    async with transaction(clinic.database, clinic.bell) as tx:
+        assert len(await overrides.all_of(tx)) == len(await overrides.clear(tx)) == 1
+    assert await clinic.fetchval("SELECT flag FROM flag_overrides") == "OF_ANOTHER_VERSION"
+
+
 # Following
 
 

@@ -23,7 +23,9 @@ CHANNEL: Final = "flag_overrides"
 
 _COLUMNS: Final = "flag, tenant_id, target::text AS target, tripwire::text AS tripwire"
 
-# Flags that this version does not know are another version's business.
+# The other flags that a table may hold are another version's business.
+_KNOWN: Final = [flag.value for flag in Flag]
+
 _READ: Final = f"SELECT {_COLUMNS} FROM flag_overrides WHERE flag = ANY($1) ORDER BY flag, tenant_id NULLS FIRST"
 
 _ONE_WRITER: Final = text("SELECT pg_advisory_xact_lock(hashtextextended('flag_overrides', 0))")
@@ -40,9 +42,9 @@ _PUT: Final = text("""
 """).bindparams(bindparam("target", type_=JSONB), bindparam("tripwire", type_=JSONB(none_as_null=True)))
 _CLEAR: Final = text(f"""
     DELETE FROM flag_overrides
-    WHERE flag = coalesce(:flag, flag) AND (:tenant_id IS NULL OR tenant_id = :tenant_id)
+    WHERE flag = ANY(:flags) AND (:tenant_id IS NULL OR tenant_id = :tenant_id)
     RETURNING {_COLUMNS}
-""").bindparams(bindparam("flag", type_=Text), bindparam("tenant_id", type_=BigInteger))
+""").bindparams(bindparam("flags", type_=ARRAY(Text)), bindparam("tenant_id", type_=BigInteger))
 _ANNOUNCE: Final = text("SELECT pg_notify(:channel, '')")
 _HISTORY: Final = text("""
     SELECT at, actor_id, tenant_id, action, subject, details FROM audit_log
@@ -73,7 +75,7 @@ def as_json(override: Override) -> dict[str, Any]:
 
 async def read(connection: "asyncpg.Connection[Any]", *, timeout: float | None = None) -> list[Override]:
     """All overrides. Raises ValueError for one that this version cannot read."""
-    return [_override(row) for row in await connection.fetch(_READ, [*Flag], timeout=timeout)]
+    return [_override(row) for row in await connection.fetch(_READ, _KNOWN, timeout=timeout)]
 
 
 async def all_of(tx: Transaction) -> list[Override]:
@@ -83,7 +85,7 @@ async def all_of(tx: Transaction) -> list[Override]:
 
 async def lock_armed(tx: Transaction) -> list[Override]:
     """The overrides with a tripwire, locked until the transaction ends, but for those that another one has locked."""
-    rows = (await tx.execute(_ARMED, {"flags": [flag.value for flag in Flag]})).all()
+    rows = (await tx.execute(_ARMED, {"flags": _KNOWN})).all()
     return [_override(row) for row in rows]
 
 
@@ -101,7 +103,8 @@ async def put(tx: Transaction, override: Override, actor: Principal | None) -> O
 async def clear(tx: Transaction, flag: Flag | None = None, tenant_id: int | None = None) -> list[Override]:
     """Deletes all overrides, or those of one flag or of one tenant, and answers them."""
     await tx.execute(_ONE_WRITER)
-    rows = (await tx.execute(_CLEAR, {"flag": flag and flag.value, "tenant_id": tenant_id})).all()
+    flags = [flag.value] if flag else _KNOWN
+    rows = (await tx.execute(_CLEAR, {"flags": flags, "tenant_id": tenant_id})).all()
     cleared = [_override(row) for row in rows]
     for override in cleared:
         await note(tx, "flag_cleared", override, before=override, after=None)
