@@ -4,11 +4,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from libs.domain.db import WORKER_TIMEOUTS, Database
-from libs.domain.settings import Settings, libpq_dsn
+from libs.domain.settings import DatabaseSettings, libpq_dsn
 
 
 @asynccontextmanager
-async def opened(settings: Settings) -> AsyncIterator[Database]:
+async def opened(settings: DatabaseSettings) -> AsyncIterator[Database]:
     """For commands that may take as long as background work."""
     database = Database(
         libpq_dsn(settings.database_url),

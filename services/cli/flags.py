@@ -13,21 +13,23 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import select
 
-from libs.domain.db import Database
 from libs.domain.flags import overrides
 from libs.domain.flags.overrides import Change
 from libs.domain.runtime import flags_of
-from libs.domain.settings import DatabaseSettings, FlagSettings, libpq_dsn
+from libs.domain.settings import DatabaseSettings, FlagSettings
 from libs.domain.tables import tenants
 from libs.domain.transaction import Transaction, transaction
 from libs.guardrails import Flag, Origin, Override, Rollout, Target, Tripwire
 from libs.guardrails.context import MAX_ID
 from libs.guardrails.flags import TENANT
 from services.cli import home
+from services.cli.database import opened
 from services.cli.errors import CommandError
+from services.cli.rollout import report
 from services.cli.seed import Silence
 
-app = typer.Typer(no_args_is_help=True, help="Turn the rollout flags on and off while everything runs.")
+app = typer.Typer(no_args_is_help=True, help="The rollout flags: whom they refuse, and turning them on and off.")
+app.command("report")(report)
 
 
 class Switch(StrEnum):
@@ -195,10 +197,10 @@ def describe(target: Target) -> str:
     return f"on for {', '.join(reached)}, else {rest}" if reached else rest
 
 
-async def rollout_of(database_url: str, settings: FlagSettings) -> Rollout:
-    """How far the rollout has come, for services that `settings` are the environment of."""
-    async with _transaction(database_url) as tx:
-        return Rollout.of(flags_of(settings), await overrides.all_of(tx))
+async def rollout_of(settings: DatabaseSettings, flags: FlagSettings) -> Rollout:
+    """How far the rollout has come, for services that `flags` are the environment of."""
+    async with _transaction(settings) as tx:
+        return Rollout.of(flags_of(flags), await overrides.all_of(tx))
 
 
 def _target(value: Switch, share: float | None, allow: Sequence[str], default: Rest | None) -> Target:
@@ -290,12 +292,10 @@ def _describe_json(override: dict[str, Any] | None) -> str:
 
 
 @asynccontextmanager
-async def _transaction(database_url: str | None = None) -> AsyncIterator[Transaction]:
-    """A transaction in the database of the settings, or in the one given."""
-    url = database_url or home.settings(DatabaseSettings).database_url
-    database = Database(libpq_dsn(url), application="sessiongate-cli", pool_size=1)
-    try:
-        async with transaction(database, Silence()) as tx:
-            yield tx
-    finally:
-        await database.close()
+async def _transaction(settings: DatabaseSettings | None = None) -> AsyncIterator[Transaction]:
+    """A transaction in the database of `settings`, or else of this command's own."""
+    async with (
+        opened(settings or home.settings(DatabaseSettings)) as database,
+        transaction(database, Silence()) as tx,
+    ):
+        yield tx

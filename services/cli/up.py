@@ -132,7 +132,7 @@ async def _run(home: Home, lock: Lock, port: int | None, worker_port: int | None
                 await running.worker.ready()
                 running.users = await seeding
                 running.publish()
-                await _tell_shadows(owner_url, flags)
+                await _tell_shadows(settings, flags)
                 _invite(url, running.users)
         except* CommandError as group:
             raise group.exceptions[0] from None
@@ -234,12 +234,12 @@ async def _seed(owner_url: str, settings: ApiSettings) -> list[Person]:
     return await seed.people(owner_url, settings.jwt_secret.get_secret_value(), settings.jwt_issuer)
 
 
-async def _tell_shadows(owner_url: str, flags: FlagSettings) -> None:
+async def _tell_shadows(settings: ApiSettings, flags: FlagSettings) -> None:
     """Says which overrides of an earlier day win over what the services were given."""
     # Here, for the same reason as in `_seed`.
     from services.cli.flags import describe, rollout_of
 
-    for override in (await rollout_of(owner_url, flags)).shadowing():
+    for override in (await rollout_of(settings, flags)).shadowing():
         whose = "" if override.tenant_id is None else f" for tenant {override.tenant_id}"
         say(
             f"An override{whose} has {override.flag} {describe(override.target)}, whatever the environment says;"
