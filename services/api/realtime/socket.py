@@ -14,7 +14,7 @@ from libs.domain.sessions.door import open_session
 from libs.domain.transaction import Transaction
 from libs.guardrails import Claim, Operation, Reason, Refused, SessionContext
 from libs.guardrails import operations as op
-from libs.observability.context import bind, correlation_id, new_correlation_id
+from libs.observability.context import bind, correlation_id, new_correlation_id, note
 from libs.observability.tracing import span
 from services.api.chat.schemas import MessageOut
 from services.api.errors import STATUS, document, refusal
@@ -55,7 +55,10 @@ class Socket:
     async def enter(self) -> int:
         """The conversation that may be followed. Raises `Refused`."""
         async with self._runtime.begin() as tx:
-            return await conversations.enter(tx, await self._open(tx, op.Join))
+            context = await self._open(tx, op.Join)
+            conversation_id = await conversations.enter(tx, context)
+        note(session_id=context.session.id if context.session else None)
+        return conversation_id
 
     async def follow(self, conversation_id: int) -> None:
         """From the welcome to the end."""
