@@ -26,6 +26,7 @@ class Api:
 
     url: str
     app: FastAPI
+    server: uvicorn.Server
     anonymous: httpx2.AsyncClient
     _clients: dict[Principal, httpx2.AsyncClient] = field(default_factory=dict)
 
@@ -69,7 +70,7 @@ async def running_api(database_url: str, redis_url: str, **settings: Any) -> Asy
             await asyncio.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        api = Api(url, app, httpx2.AsyncClient(base_url=url))
+        api = Api(url, app, server, httpx2.AsyncClient(base_url=url))
         try:
             yield api
         finally:

@@ -111,6 +111,20 @@ _SCHEDULING: Final = (
 )
 
 _CHAT: Final = (
+    gauge("chat_connections_active", "Open websocket connections"),
+    gauge("chat_active_users", "Users with a live connection"),
+    counter("chat_connections_opened_total", "Websocket connections opened"),
+    counter(
+        "chat_connection_failures_total",
+        "Failed connections or upgrades",
+        Label("reason", ("auth", "upgrade", "timeout", "protocol", "other")),
+    ),
+    counter("chat_reconnections_total", "Clients that came back and said what they had"),
+    counter(
+        "chat_message_errors_total",
+        "Frames of clients that were refused, and clients too slow to be served",
+        Label("reason", ("validation", "blocked", "delivery", "timeout", "system", "rate_limited")),
+    ),
     counter("chat_messages_total", "Messages handled", Label("direction", _DIRECTIONS)),
     counter("chat_message_retries_total", "Messages sent again under an id that was stored before"),
     histogram(

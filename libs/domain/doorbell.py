@@ -5,8 +5,9 @@ ring that fails is counted and forgotten. Jobs are JSON and carry ids only.
 """
 
 import asyncio
-from collections.abc import Awaitable
-from typing import Any, Final
+from collections.abc import Awaitable, Coroutine
+from typing import Any
+from uuid import uuid4
 
 import orjson
 from arq.connections import ArqRedis
@@ -16,13 +17,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from libs.domain.jobs import Job
+from libs.domain.news import CHANNEL, News, Watcher
 from libs.observability.context import carrier
 from libs.observability.registry import Metrics
-
-CHANGED: Final = "sessiongate:changed"
-"""The channel of changed conversations; a message is the conversation's id."""
-TYPING: Final = "sessiongate:typing"
-"""The channel of who is writing: JSON with `conversation_id`, `user_id`, `on`."""
 
 RING_TIMEOUT = 0.5
 """Seconds a ring may take; nobody waits for it, but a frozen Redis must not pile up tasks."""
@@ -43,7 +40,13 @@ def deserialise(data: bytes) -> dict[str, Any]:
 
 
 class Doorbell:
-    """Rings in the background, after the commit; see `libs.domain.transaction.Bell`."""
+    """Rings in the background, after the commit; see `libs.domain.transaction.Bell`.
+
+    `near`, who watches conversations in this process, is told at once; those in others, by one message for all that
+    happened while the one before was on its way, signed with `name`.
+    """
+
+    near: Watcher | None = None
 
     def __init__(self, url: str, metrics: Metrics) -> None:
         pool: ConnectionPool = ConnectionPool.from_url(
@@ -56,19 +59,38 @@ class Doorbell:
         self._redis = ArqRedis(pool, job_serializer=serialise, job_deserializer=deserialise)
         self._failures = metrics.counter("doorbell_failures_total")
         self._ringing: set[asyncio.Task[None]] = set()
+        self.name = uuid4().hex
+        self._news = News()
+        self._publishing = False
 
     def ring(self, job: Job) -> None:
-        self._later(self._redis.enqueue_job(job.name, **encode(job)))
+        self._later(self._call(self._redis.enqueue_job(job.name, **encode(job))))
 
     def changed(self, conversation_id: int) -> None:
-        self._later(self._redis.publish(CHANGED, conversation_id))
+        if self.near:
+            self.near.changed(conversation_id)
+        self._news.changed(conversation_id)
+        self._publish()
 
     def typing(self, conversation_id: int, user_id: int, *, on: bool) -> None:
-        news = {"conversation_id": conversation_id, "user_id": user_id, "on": on}
-        self._later(self._redis.publish(TYPING, orjson.dumps(news)))
+        if self.near:
+            self.near.typing(conversation_id, user_id, on=on)
+        self._news.typing(conversation_id, user_id, on=on)
+        self._publish()
 
-    def _later(self, call: Awaitable[Any]) -> None:
-        task = asyncio.create_task(self._call(call))
+    def _publish(self) -> None:
+        if not self._publishing:
+            self._publishing = True
+            self._later(self._publish_all())
+
+    async def _publish_all(self) -> None:
+        while self._news:
+            news, self._news = self._news, News()
+            await self._call(self._redis.publish(CHANNEL, news.encode(self.name)))
+        self._publishing = False
+
+    def _later(self, call: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(call)
         self._ringing.add(task)
         task.add_done_callback(self._ringing.discard)
 

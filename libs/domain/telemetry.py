@@ -21,6 +21,7 @@ _MODULES: Final = {
     "appointments": "scheduling",
     "conversion": "scheduling",
     "chat": "conversation",
+    "realtime": "conversation",
     "sessions": "conversation",
     "guard": "conversation",
     "billing": "billing",

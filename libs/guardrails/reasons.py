@@ -98,6 +98,12 @@ class Reason(Enum):
         "The caller is known but the operation belongs to another role. The documentation of each operation "
         "says who may call it.",
     )
+    ORIGIN_NOT_ALLOWED = (
+        "ORIGIN_NOT_ALLOWED",
+        Kind.FORBIDDEN,
+        "Not from this page",
+        "A web page of this origin may not open sockets. Whoever operates the service lists the origins that may.",
+    )
     SESSION_CONTEXT_REQUIRED = (
         "SESSION_CONTEXT_REQUIRED",
         Kind.BAD_REQUEST,

@@ -22,6 +22,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+# What the headers of an answer are sent with: of a request, of a socket, and of a socket that is denied.
+_BEGINNINGS: Final = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
+
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 
 
@@ -50,19 +53,24 @@ class HttpTelemetry:
         client = client_family(headers.get(b"user-agent", b"").decode("latin-1"))
         trace.get_current_span().set_attribute(CORRELATION_ID, correlation_id)
         with bind(correlation_id=correlation_id, client=client):
-            if scope["type"] == "http":
-                await self._serve(scope, receive, send, correlation_id)
-            else:
-                await self._app(scope, receive, send)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, correlation_id: str) -> None:
+            async def named(message: Message) -> None:
+                if message["type"] in _BEGINNINGS:
+                    message["headers"] = [*message.get("headers", ()), (HEADER, correlation_id.encode())]
+                await send(message)
+
+            if scope["type"] == "http":
+                await self._serve(scope, receive, named)
+            else:
+                await self._app(scope, receive, named)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 500
 
         async def answered(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (HEADER, correlation_id.encode())]
             await send(message)
 
         began = time.perf_counter()

@@ -1,7 +1,7 @@
 """Every refusal and every fault leaves as the same problem document (RFC 9457)."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
 import asyncpg
@@ -12,6 +12,7 @@ from fastapi.routing import iter_route_contexts
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -61,20 +62,25 @@ OVERLOAD_RETRY_AFTER: Final = 1
 MEDIA_TYPE: Final = "application/problem+json"
 
 
-def problem(refused: Refused, request: Request, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The problem document of a refusal; it holds facts of ours and never the client's own input.
-    `headers` win over those that belong to the reason."""
-    reason, facts = refused.reason, dict(refused.facts)
-    status = refused.status or STATUS[reason.kind]
+def problem(refused: Refused, request: HTTPConnection, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The answer of a refusal. `headers` win over those that belong to the reason."""
+    reason, facts = refused.reason, refused.facts
     own = {}
     if "retry_after" in facts:
         own["Retry-After"] = str(facts["retry_after"])
     if reason is Reason.UNAUTHENTICATED:
         own["WWW-Authenticate"] = "Bearer"
+    body = document(refused, request)
+    return JSONResponse(body, body["status"], own | dict(headers or {}), media_type=MEDIA_TYPE)
+
+
+def document(refused: Refused, request: HTTPConnection) -> dict[str, Any]:
+    """The problem document of a refusal; it holds facts of ours and never the client's own input."""
+    reason, facts = refused.reason, dict(refused.facts)
     body: dict[str, Any] = {
         "type": f"/problems/{reason.code}",
         "title": reason.title,
-        "status": status,
+        "status": refused.status or STATUS[reason.kind],
         "detail": refused.detail or reason.help,
         # As it was asked for: still percent-encoded, and whatever the Host header says.
         "instance": request.scope["raw_path"].decode("latin-1"),
@@ -85,16 +91,27 @@ def problem(refused: Refused, request: Request, headers: Mapping[str, str] | Non
     if reason.next_action:
         method, address = reason.next_action
         body["next_action"] = {"method": method, "href": address.format_map(facts)}
-    return JSONResponse(body, status, own | dict(headers or {}), media_type=MEDIA_TYPE)
+    return body
 
 
-def validation_errors(error: RequestValidationError) -> Refused:
-    """Points at each fault without repeating what was sent, neither values nor unknown names."""
-    faults = error.errors()
-    if any(fault["type"] == "json_invalid" for fault in faults):
-        return unreadable_json()
+def refusal(error: Exception) -> Refused:
+    """How whatever was raised is answered. What is no refusal is logged."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, PoolTimeout) or is_transient(error):
+        _log.warning("database_unavailable", exception_type=type(driver_error(error)).__name__)
+        return Refused(Reason.OVERLOADED, retry_after=OVERLOAD_RETRY_AFTER)
+    _log.error("unhandled_error", exc_info=error, error_code=Reason.INTERNAL_ERROR.code)
+    return Refused(Reason.INTERNAL_ERROR)
+
+
+def validation_errors(faults: Iterable[Any]) -> Refused:
+    """Points at each of pydantic's faults without repeating what was sent, neither values nor unknown names. The
+    first part of a location says what was at fault, such as `body`."""
     errors = []
     for fault in faults:
+        if fault["type"] == "json_invalid":
+            return unreadable_json(fault["loc"][0])
         unknown_field = fault["type"] == "extra_forbidden"
         where = fault["loc"][:-1] if unknown_field else fault["loc"]
         detail = "Has a field that is not known here." if unknown_field else _detail(fault)
@@ -103,14 +120,17 @@ def validation_errors(error: RequestValidationError) -> Refused:
     return Refused(Reason.VALIDATION_FAILED, errors=errors)
 
 
-def unreadable_json() -> Refused:
-    errors = [{"pointer": "", "in": "body", "detail": "The body is not readable as JSON."}]
+def unreadable_json(where: str = "body") -> Refused:
+    errors = [{"pointer": "", "in": where, "detail": f"The {where} is not readable as JSON."}]
     return Refused(Reason.VALIDATION_FAILED, status=400, errors=errors)
+
+
+_QUOTES_INPUT: Final = {"value_error", "assertion_error", "union_tag_invalid"}
 
 
 def _detail(fault: Any) -> str:
     """Pydantic's own sentence, unless it might quote the input."""
-    if fault["type"] in {"value_error", "assertion_error"} or "input" in str(fault.get("ctx", {})):
+    if fault["type"] in _QUOTES_INPUT or "input" in str(fault.get("ctx", {})):
         return "The value is not accepted here."
     return str(fault["msg"])
 
@@ -124,13 +144,9 @@ def install(app: FastAPI, metrics: Metrics) -> None:
             metrics.counter("errors_total", "infra", error_type).inc()
         return problem(refused, request, headers)
 
-    async def on_refused(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, Refused)
-        return answer(request, error)
-
     async def on_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return answer(request, validation_errors(error))
+        return answer(request, validation_errors(error.errors()))
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -142,20 +158,13 @@ def install(app: FastAPI, metrics: Metrics) -> None:
             headers["Allow"] = _allowed(app, request.scope["endpoint"])
         return answer(request, Refused(reason, status=error.status_code), headers)
 
-    async def on_database(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, PoolTimeout) or is_transient(error):
-            _log.warning("database_unavailable", exception_type=type(driver_error(error)).__name__)
-            return answer(request, Refused(Reason.OVERLOADED, retry_after=OVERLOAD_RETRY_AFTER))
-        return await on_fault(request, error)
+    async def on_any(request: Request, error: Exception) -> JSONResponse:
+        return answer(request, refusal(error))
 
-    async def on_fault(request: Request, error: Exception) -> JSONResponse:
-        _log.error("unhandled_error", exc_info=error, error_code=Reason.INTERNAL_ERROR.code)
-        return answer(request, Refused(Reason.INTERNAL_ERROR))
-
-    app.add_exception_handler(Refused, on_refused)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
-    for unavailable in (
+    for raised in (
+        Refused,
         DBAPIError,
         PoolTimeout,
         asyncpg.PostgresError,
@@ -163,8 +172,8 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         OSError,
         asyncio.TimeoutError,
     ):
-        app.add_exception_handler(unavailable, on_database)
-    app.add_middleware(FaultBarrier, answer=on_fault)
+        app.add_exception_handler(raised, on_any)
+    app.add_middleware(FaultBarrier, answer=on_any)
 
 
 def _allowed(app: FastAPI, endpoint: Any) -> str:

@@ -21,7 +21,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar, cast
 
 import asyncpg
 from fastapi import APIRouter, Depends, Path, Request, Response
@@ -31,6 +31,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
+from starlette.websockets import WebSocket
 
 from libs.domain.db import is_conflict
 from libs.domain.runtime import Runtime
@@ -49,9 +51,13 @@ from libs.guardrails import (
 )
 from libs.observability.context import note
 from services.api import idempotency
+from services.api.errors import refusal
 from services.api.idempotency import IdempotencyKey
-from services.api.identity import Identity
+from services.api.identity import Identity, Token
+from services.api.realtime.handshake import PROTOCOL, Handshake
 from services.api.schemas import Empty
+
+Op = TypeVar("Op", bound=Operation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class Pending:
     open: Callable[[], Awaitable[Any]]
 
 
-def runtime_of(request: Request) -> Runtime:
+def runtime_of(request: HTTPConnection) -> Runtime:
     return cast(Runtime, request.app.state.runtime)
 
 
@@ -101,7 +107,7 @@ ContextPath = Annotated[
 ]
 
 
-def _claim(request: Request, operation: type[Operation], identifier: str) -> Claim[Operation]:
+def _claim(request: HTTPConnection, operation: type[Op], identifier: str) -> Claim[Op]:
     subject = parse_context(identifier)
     if isinstance(subject, AppointmentRef) and not operation.by_appointment:
         raise Refused(Reason.SESSION_CONTEXT_INVALID)
@@ -156,10 +162,11 @@ class GuardedRoute(APIRoute):
     """A route that cannot be declared without a guard; see the module."""
 
     sessions_only = False
+    replays = True
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         dependencies = list(options.pop("dependencies", None) or ())
-        if options.get("status_code") == 201 and not self.sessions_only:
+        if options.get("status_code") == 201 and self.replays:
             dependencies.append(Depends(_claim_key))
         if _BODIED.intersection(options.get("methods") or ()) and not _takes_body(path, endpoint):
             dependencies.append(Depends(_no_body))
@@ -176,9 +183,8 @@ class GuardedRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             identity: Identity = request.app.state.identity
-            principal = await identity.authenticate(request)
-            request.state.principal = principal
-            note(tenant_id=principal.tenant_id, user_id=principal.user_id)
+            token = await identity.authenticate(request)
+            principal = _know(request, token)
             if not statement_decides:
                 await _require_active(request, identity, principal)
             try:
@@ -195,15 +201,64 @@ class GuardedRoute(APIRoute):
         return guarded
 
 
-class SessionRoute(GuardedRoute):
+class UnrepeatableRoute(GuardedRoute):
+    """A route that takes no idempotency key: its answers must not be stored."""
+
+    replays = False
+
+
+class SessionRoute(UnrepeatableRoute):
     """A route of a room in which everything live happens: only a session context opens it."""
 
     sessions_only = True
 
 
-def guarded_router(prefix: str, *, tag: str, sessions_only: bool = False) -> APIRouter:
-    """The only way to make a router outside of `public.py`."""
-    return APIRouter(prefix=prefix, tags=[tag], route_class=SessionRoute if sessions_only else GuardedRoute)
+class GuardedRouter(APIRouter):
+    """A router that knows no way to declare a socket but `guarded_websocket`."""
+
+    def add_api_websocket_route(self, path: str, endpoint: Callable[..., Any], *_: Any, **__: Any) -> None:
+        raise UnguardedRouteError(f"{endpoint.__qualname__} ({path}) is not declared by guarded_websocket.")
+
+    add_websocket_route = add_api_websocket_route
+
+
+def guarded_router(prefix: str, *, tag: str, sessions_only: bool = False, replays: bool = True) -> GuardedRouter:
+    """The only way to make a router outside of `public.py`. Without `replays`, or with `sessions_only`, what creates
+    something takes no idempotency key."""
+    route = SessionRoute if sessions_only else GuardedRoute if replays else UnrepeatableRoute
+    return GuardedRouter(prefix=prefix, tags=[tag], route_class=route)
+
+
+SocketEndpoint: TypeAlias = Callable[[WebSocket, Claim[Op], Token], Awaitable[None]]
+
+
+def guarded_websocket(
+    router: GuardedRouter, path: str, operation: type[Op]
+) -> Callable[[SocketEndpoint[Op]], SocketEndpoint[Op]]:
+    """Declares a socket on a session. Its endpoint is called with a claim to `operation`, as `Claimed` would have
+    it, once the caller is known and active and the handshake is done; the token says how long it may last. A
+    refusal that the endpoint raises is the last frame of the socket."""
+
+    def declare(endpoint: SocketEndpoint[Op]) -> SocketEndpoint[Op]:
+        async def guarded(websocket: WebSocket) -> None:
+            handshake: Handshake = websocket.app.state.handshake
+            try:
+                token = await handshake.admit(websocket)
+                principal = _know(websocket, token)
+                await _require_active(websocket, websocket.app.state.identity, principal)
+            except Exception as error:
+                await handshake.deny(websocket, refusal(error))
+                return
+            await websocket.accept(PROTOCOL)
+            try:
+                await endpoint(websocket, _claim(websocket, operation, websocket.path_params["context"]), token)
+            except Exception as error:
+                handshake.refuse(websocket, refusal(error))
+
+        APIRouter.add_api_websocket_route(router, path, guarded, name=endpoint.__name__)
+        return endpoint
+
+    return declare
 
 
 CONFLICT_RETRIES: Final = 3
@@ -230,7 +285,14 @@ async def _committed(handle: Callable[[Request], Awaitable[Response]], request: 
 _ACTIVE = "SELECT EXISTS (SELECT FROM users WHERE tenant_id = $1 AND id = $2 AND role = $3 AND active)"
 
 
-async def _require_active(request: Request, identity: Identity, principal: Principal) -> None:
+def _know(request: HTTPConnection, token: Token) -> Principal:
+    principal = token.principal
+    request.state.token, request.state.principal = token, principal
+    note(tenant_id=principal.tenant_id, user_id=principal.user_id)
+    return principal
+
+
+async def _require_active(request: HTTPConnection, identity: Identity, principal: Principal) -> None:
     async with runtime_of(request).database.autocommit() as connection:
         active = await connection.fetchval(_ACTIVE, principal.tenant_id, principal.user_id, principal.role.value)
     if not active:

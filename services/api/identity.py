@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -104,6 +105,14 @@ class JsonWebKeySet:
         return not self._allowed or kid in self._allowed
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What a good token says: who calls, and for how many seconds it will still be accepted."""
+
+    principal: Principal
+    seconds_left: float
+
+
 class Identity:
     """Authenticates requests. Raises `Refused(UNAUTHENTICATED)`, and says why only to operators."""
 
@@ -112,7 +121,7 @@ class Identity:
         self._issuer = issuer
         self._metrics = metrics
 
-    async def authenticate(self, connection: HTTPConnection) -> Principal:
+    async def authenticate(self, connection: HTTPConnection) -> Token:
         scheme, _, token = connection.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise self.refuse(connection, "bad_credentials")
@@ -126,7 +135,7 @@ class Identity:
                 leeway=LEEWAY_SECONDS,
                 options={"require": REQUIRED_CLAIMS},
             )
-            return _principal(claims)
+            return Token(_principal(claims), claims["exp"] + LEEWAY_SECONDS - time.time())
         except jwt.ExpiredSignatureError:
             raise self.refuse(connection, "expired") from None
         except (jwt.PyJWTError, ValueError, TypeError):

@@ -32,12 +32,19 @@ from services.api.middleware import BoundedBody, SecurityHeaders
 from services.api.notifications.routes import router as notifications
 from services.api.openapi import DocumentedApi
 from services.api.people.routes import router as people
+from services.api.realtime.connections import Connections
+from services.api.realtime.handshake import Handshake
+from services.api.realtime.rooms import Rooms, open_rooms
+from services.api.realtime.routes import router as realtime
+from services.api.realtime.wire import Wire
 from services.api.sessions.routes import router as sessions
-from services.api.settings import ApiSettings
+from services.api.settings import ApiSettings, origins_of
 
-ROOMS: Final = (people, appointments, sessions, chat, notifications, admin, decisions, admin_flags)
+ROOMS: Final = (people, appointments, sessions, chat, realtime, notifications, admin, decisions, admin_flags)
 BASE: Final = "/api/v1"
 GRACE_SECONDS: Final = 15
+FRAME_LIMIT: Final = 65_536
+PING_SECONDS: Final = 20
 
 _DESCRIPTION: Final = (
     "Nothing live happens without a session: chat and billing address a session context such as"
@@ -46,7 +53,13 @@ _DESCRIPTION: Final = (
 
 
 def create_app(
-    runtime: Runtime, settings: ApiSettings, *, identity: Identity, doorbell: Doorbell, access: MetricsAccess
+    runtime: Runtime,
+    settings: ApiSettings,
+    *,
+    identity: Identity,
+    doorbell: Doorbell,
+    access: MetricsAccess,
+    rooms: Rooms,
 ) -> FastAPI:
     """The application around an open runtime."""
     app = DocumentedApi(
@@ -63,6 +76,12 @@ def create_app(
     app.state.identity = identity
     app.state.doorbell = doorbell
     app.state.metrics_access = access
+    app.state.rooms = rooms
+    connections = Connections(runtime.metrics, per_user=settings.sockets_per_user)
+    app.state.connections = connections
+    app.state.handshake = Handshake(
+        identity, runtime.database, connections, origins=origins_of(settings.allowed_origins)
+    )
     app.include_router(public.router)
     for room in ROOMS:
         app.include_router(room, prefix=BASE)
@@ -112,8 +131,13 @@ async def open_app(settings: ApiSettings, flags: FlagSettings) -> AsyncIterator[
         metrics.gauge("db_connections_max", "api").set(database.max_connections)
         try:
             runtime = compose(settings, flags_of(flags), metrics=metrics, database=database, bell=doorbell)
-            async with watch_loop(metrics), runtime.flags.following(), runtime.recorder.writing():
-                yield create_app(runtime, settings, identity=identity, doorbell=doorbell, access=access)
+            async with (
+                watch_loop(metrics),
+                runtime.flags.following(),
+                runtime.recorder.writing(),
+                open_rooms(runtime, doorbell) as rooms,
+            ):
+                yield create_app(runtime, settings, identity=identity, doorbell=doorbell, access=access, rooms=rooms)
         finally:
             await doorbell.close()
             await database.close()
@@ -131,6 +155,12 @@ def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=30,
         lifespan="off",
+        ws=Wire,
+        # Compressing each frame for each socket of a room would halve what one process delivers.
+        ws_per_message_deflate=False,
+        ws_max_size=FRAME_LIMIT,
+        ws_ping_interval=PING_SECONDS,
+        ws_ping_timeout=PING_SECONDS,
     )
 
 

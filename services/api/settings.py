@@ -1,10 +1,21 @@
 """The settings of the API."""
 
+import re
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from libs.domain.settings import Positive, Settings
+
+
+def _origins(listed: str) -> str:
+    if not all(re.fullmatch(r"https?://[a-z0-9.\-\[\]:]+", origin) for origin in origins_of(listed)):
+        raise ValueError("must be origins such as https://app.example.org, separated by commas")
+    return listed
+
+
+def origins_of(listed: str) -> frozenset[str]:
+    return frozenset(filter(None, map(str.strip, listed.split(","))))
 
 
 class ApiSettings(Settings):
@@ -20,3 +31,7 @@ class ApiSettings(Settings):
     """The longest request body accepted, in bytes."""
     request_deadline_seconds: Annotated[float, Field(gt=0)] = 10
     """How long a client may take to send its request body, in seconds."""
+    allowed_origins: Annotated[str, AfterValidator(_origins)] = ""
+    """Origins of the web pages that may open sockets, separated by commas; programs, which have none, always may."""
+    sockets_per_user: Positive = 5
+    """How many sockets a user may have open at once, in each process."""

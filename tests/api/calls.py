@@ -134,6 +134,7 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
         "stop_typing": (chatting.patient, {"context": chatting.context}, {}),
         "mark_as_read": (chatting.patient, {"context": chatting.context}, {"seq": 1}),
         "list_notifications": (patient, {}, {}),
+        "create_socket_ticket": (chatting.patient, {}, {"context": chatting.context}),
         "create_user": (operator, {}, user),
         "change_user": (operator, {"user_id": str((await clinic.doctor()).user_id)}, {"active": False}),
         "create_subscription": (operator, {}, subscription),

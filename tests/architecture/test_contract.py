@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 import pytest
@@ -20,11 +20,13 @@ from libs.domain.transaction import transaction
 from libs.guardrails import OPERATIONS, Flag, Reason
 from libs.observability.catalogue import OWN
 from services.api.errors import STATUS
+from services.api.realtime.frames import ClientFrame, ServerFrame
 from tests.architecture.test_rules import ROOT, sources
 from tests.clinic import Clinic
 from tests.conftest import MakeApi
 from tests.processes import until
 from tests.running import Api
+from tests.sockets import following, opened
 
 REFUSALS = {
     "UNAUTHENTICATED": 401,
@@ -33,6 +35,7 @@ REFUSALS = {
     "APPOINTMENT_NOT_FOUND": 404,
     "MESSAGE_NOT_FOUND": 404,
     "ROLE_NOT_ALLOWED": 403,
+    "ORIGIN_NOT_ALLOWED": 403,
     "SESSION_CONTEXT_REQUIRED": 400,
     "SESSION_NOT_READY": 403,
     "SESSION_BILLING_REQUIRED": 400,
@@ -109,6 +112,15 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "scheduling_book_duration_seconds": ("histogram", {}),
     "booking_post_own_duration_seconds": ("histogram", {}),
     "scheduling_book_conflict_total": ("counter", {}),
+    "chat_connections_active": ("gauge", {}),
+    "chat_active_users": ("gauge", {}),
+    "chat_connections_opened_total": ("counter", {}),
+    "chat_connection_failures_total": ("counter", {"reason": "auth upgrade timeout protocol other"}),
+    "chat_reconnections_total": ("counter", {}),
+    "chat_message_errors_total": (
+        "counter",
+        {"reason": "validation blocked delivery timeout system rate_limited"},
+    ),
     "chat_messages_total": ("counter", {"direction": "sent received broadcast"}),
     "chat_message_retries_total": ("counter", {}),
     "chat_message_processing_duration_seconds": ("histogram", {"direction": "sent received broadcast"}),
@@ -154,6 +166,7 @@ ALIASES = {
 EVERY_LINE = "timestamp level event module component service version"
 OF_A_RUN = "run_id due_count attempted_count created_count skipped_count failed_count runtime_ms source"
 OF_A_VERDICT = "appointment_id session_id user_id operation enforced correlation_id tenant_id"
+OF_A_SOCKET = "session_id user_id tenant_id correlation_id"
 LOG_EVENTS = {
     "http_request": "method route status latency_ms correlation_id",
     "slow_operation": "category route latency_ms",
@@ -163,6 +176,10 @@ LOG_EVENTS = {
     "guard_refused": f"error_code {OF_A_VERDICT}",
     "decisions_not_written": "exception_type waiting",
     "chat_message_stored": "category session_id user_id operation message_id correlation_id tenant_id",
+    "chat_connection_opened": f"category {OF_A_SOCKET}",
+    "chat_connection_closed": f"category code duration_ms {OF_A_SOCKET}",
+    "chat_connection_refused": "category error_code correlation_id",
+    "rooms_failed": "exception_type",
     "session_state_changed": "session_id status",
     "appointment_auto_start_run": OF_A_RUN,
     "appointment_recovery_run": OF_A_RUN,
@@ -232,6 +249,7 @@ ROUTES = {
     "PUT /api/v1/chat/{context}/typing",
     "DELETE /api/v1/chat/{context}/typing",
     "PUT /api/v1/chat/{context}/read",
+    "POST /api/v1/socket-tickets",
     "GET /api/v1/notifications",
     "POST /api/v1/admin/users",
     "PATCH /api/v1/admin/users/{user_id}",
@@ -256,6 +274,8 @@ BODIES = {
     "HistoryOut": "items has_more last_seq",
     "NotificationOut": "id kind appointment_id session_context created_at read_at",
     "DoctorOut": "id name country",
+    "TicketIn": "context",
+    "TicketOut": "ticket expires_at",
     "UserOut": "id tenant_id role name country active",
     "RolloutOut": "since flags",
     "FlagReportOut": "flag enforced_when requests would_be_refused refused users first_seen last_seen safe_to_enforce"
@@ -373,7 +393,10 @@ async def everything_happens(api: Api, clinic: Clinic) -> None:
     await patient.post(f"/chat/{session.appointment_id}/messages", json=message)
     early = await clinic.appointment(patient=session.patient, starts_in=timedelta(hours=1))
     await patient.post(f"/chat/{early}/messages", json=message)
-    await patient.post(f"/sessions/{session.context}/end")
+    async with following(api, session.patient, session.context):
+        await patient.post(f"/sessions/{session.context}/end")
+    async with opened(api, session.patient, session.context) as socket:
+        await socket.receive()
     await patient.post(f"/chat/{session.context}/messages", json=message | {"client_message_id": "3"})
     await clinic.dispatch()
     reporter, converter = Reporter(clinic.metrics), clinic.converter()
@@ -391,6 +414,9 @@ HAPPEN = {
     "guard_allowed_with_warning",
     "guard_refused",
     "chat_message_stored",
+    "chat_connection_opened",
+    "chat_connection_closed",
+    "chat_connection_refused",
     "session_state_changed",
     "appointment_auto_start_run",
     "appointment_recovery_run",
@@ -437,6 +463,39 @@ async def document(api: Api) -> Any:
 async def test_addresses_stay_where_they_are(document: Any) -> None:
     routes = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
     assert routes == ROUTES
+
+
+FRAMES = {
+    "hello": "type after_seq after_revision",
+    "message": "type client_message_id body kind media_url",
+    "reply": "type client_message_id body message_id",
+    "reaction": "type message_id emoji on",
+    "typing": "type on",
+    "read": "type seq",
+    "ping": "type",
+}
+SERVER_FRAMES = {
+    "welcome": "type session last_seq revision",
+    "message": "type message",
+    "gap": "type from_seq to_seq",
+    "caught_up": "type",
+    "ack": "type client_message_id message",
+    "reaction": "type message_id user_id emoji on revision",
+    "typing": "type user_id on",
+    "read": "type user_id seq",
+    "session": "type session",
+    "pong": "type",
+}
+
+
+@pytest.mark.parametrize(("union", "listed"), [(ClientFrame, FRAMES), (ServerFrame, SERVER_FRAMES)])
+def test_frames_keep_their_types_and_fields(union: Any, listed: dict[str, str]) -> None:
+    fields = {get_args(model.model_fields["type"].annotation)[0]: model.model_fields for model in get_args(union)}
+    assert {type_: set(names) for type_, names in fields.items()} == {
+        type_: set(names.split()) for type_, names in listed.items()
+    }
+    described = (ROOT / "docs/socket.md").read_text()
+    assert [type_ for type_ in (*listed, "refused") if f"`{type_}`" not in described] == []
 
 
 async def test_bodies_keep_their_fields(document: Any) -> None:

@@ -4,10 +4,12 @@ from typing import Annotated
 
 import pytest
 from fastapi import Depends
+from starlette.websockets import WebSocket
 
 from libs.guardrails import Claim, Permission, Principal, SessionContext
-from libs.guardrails.operations import GetMessages, SendMessage
-from services.api.guards import Can, Claimed, Tx, UnguardedRouteError, acting, guarded_router
+from libs.guardrails.operations import GetMessages, Join, SendMessage
+from services.api.guards import Can, Claimed, Tx, UnguardedRouteError, acting, guarded_router, guarded_websocket
+from services.api.identity import Token
 
 Somebody = Annotated[Principal, acting(Permission.SEE_ONESELF)]
 
@@ -33,6 +35,9 @@ async def reads(context: Can[GetMessages]) -> None: ...
 async def sends(claim: Claimed[SendMessage]) -> None: ...
 
 
+async def joins(websocket: WebSocket, claim: Claim[Join], token: Token) -> None: ...
+
+
 async def acts_and_reads(caller: Somebody, context: Can[GetMessages]) -> None: ...
 
 
@@ -50,6 +55,20 @@ def test_a_route_without_a_guard_cannot_be_declared(method: str, sessions_only: 
         with pytest.raises(UnguardedRouteError, match=endpoint.__name__):
             getattr(router, method)("/{context}")(endpoint)
     assert router.routes == []
+
+
+@pytest.mark.parametrize("declare", ["websocket", "websocket_route"])
+@pytest.mark.parametrize("sessions_only", [False, True])
+def test_a_socket_is_declared_in_one_way(declare: str, sessions_only: bool) -> None:
+    router = guarded_router("/chat/{context}", tag="chat", sessions_only=sessions_only)
+    with pytest.raises(UnguardedRouteError, match=r"nothing \(/socket\) is not declared by guarded_websocket"):
+        getattr(router, declare)("/socket")(nothing)
+    for add in (router.add_api_websocket_route, router.add_websocket_route):
+        with pytest.raises(UnguardedRouteError):
+            add("/socket", nothing)
+    assert router.routes == []
+    guarded_websocket(router, "/socket", Join)(joins)
+    assert len(router.routes) == 1
 
 
 def test_an_acting_caller_does_not_open_a_room_of_sessions() -> None:

@@ -4,11 +4,14 @@ import asyncio
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import jwt
+import orjson
 import pytest
-from fastapi.routing import iter_route_contexts
+from fastapi.routing import APIWebSocketRoute, iter_route_contexts
+from websockets.exceptions import InvalidStatus
 
 from libs.guardrails import Principal, Reason, Role
 from services.api.guards import GuardedRoute
@@ -16,6 +19,7 @@ from services.api.main import ROOMS
 from services.api.public import PUBLIC
 from tests.clinic import Clinic
 from tests.running import SECRET, Api, token_of
+from tests.sockets import PROTOCOL, opened
 
 VALUES = {"context": "text_session:1", "code": "NOT_FOUND"}
 BODIES: dict[str, dict[str, Any]] = {
@@ -33,12 +37,15 @@ def filled(template: str) -> str:
 
 
 def every_address(api: Api) -> Iterator[tuple[str, str]]:
-    """Method and path template of everything that is routed, in the schema or not."""
+    """Method and path template of everything that is routed, in the schema or not; sockets apart."""
     for route in iter_route_contexts(api.app.routes):
         assert route.path is not None
-        assert route.methods, f"{route.path} is neither HTTP nor known to this test."
-        for method in route.methods:
+        for method in route.methods or ():
             yield method, route.path
+
+
+def every_socket(api: Api) -> list[str]:
+    return [route.path for route in iter_route_contexts(api.app.routes) if route.path and not route.methods]
 
 
 def assert_unauthenticated(response: httpx2.Response) -> None:
@@ -58,6 +65,22 @@ async def test_strangers_are_answered_by_the_public_list_alone(api: Api) -> None
         if response.status_code != 401:
             answered.add(path)
     assert answered == PUBLIC
+
+
+@pytest.mark.parametrize("offered", [(), (PROTOCOL,), (PROTOCOL, "ticket."), (PROTOCOL, "ticket.nonsense")])
+async def test_strangers_get_no_socket_whatever_they_offer(api: Api, offered: tuple[str, ...]) -> None:
+    sockets = every_socket(api)
+    assert sockets == ["/api/v1/chat/{context}/socket"]
+    for template in sockets:
+        for context in ("text_session:1", "1", "direct_session_1", "nonsense", "text_session:0", "９"):
+            url = api.url.replace("http", "ws", 1) + template.format(context=quote(context))
+            with pytest.raises(InvalidStatus) as denied:
+                async with opened(api, None, context, url=url, subprotocols=offered):
+                    pass
+            response = denied.value.response
+            assert response.status_code == 401
+            assert response.headers["Content-Type"] == "application/problem+json"
+            assert orjson.loads(response.body or b"")["code"] == Reason.UNAUTHENTICATED.code
 
 
 async def test_the_schema_names_every_guarded_address(api: Api) -> None:
@@ -157,6 +180,11 @@ async def test_a_user_who_is_no_longer_active_is_a_stranger(
 
 
 def test_every_room_is_made_of_guarded_routes() -> None:
-    routes = [route for room in ROOMS for route in room.routes]
+    routes: list[Any] = [route for room in ROOMS for route in room.routes]
     assert routes
-    assert [route for route in routes if not isinstance(route, GuardedRoute)] == []
+    unguarded = [route for route in routes if not isinstance(route, GuardedRoute)]
+    assert [route for route in unguarded if not isinstance(route, APIWebSocketRoute)] == []
+    # Whatever it wraps, this is what the routes of sockets call.
+    assert {route.endpoint.__qualname__ for route in unguarded} == {
+        "guarded_websocket.<locals>.declare.<locals>.guarded"
+    }

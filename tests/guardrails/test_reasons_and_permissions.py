@@ -50,10 +50,12 @@ GRANTED = {
     Role.PATIENT: {
         *("see_oneself", "see_doctors", "see_notifications", "see_appointments", "see_sessions"),
         *("book_appointments", "cancel_appointments", "answer_proposals", "report_presence"),
+        "open_sockets",
     },
     Role.DOCTOR: {
         *("see_oneself", "see_doctors", "see_notifications", "see_appointments", "see_sessions"),
         *("confirm_appointments", "cancel_appointments", "propose_new_times", "report_presence"),
+        "open_sockets",
     },
     Role.OPERATOR: {
         *("see_oneself", "see_doctors", "see_notifications", "see_appointments", "see_sessions"),

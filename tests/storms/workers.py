@@ -1,7 +1,5 @@
-"""Worker processes by the dozen: forked from a process that has done all the imports, so that a storm can
-kill several of them a second and still have some that work."""
+"""Worker processes by the dozen, so that a storm can kill several of them a second and still have some that work."""
 
-import multiprocessing
 import os
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
@@ -9,15 +7,12 @@ from pathlib import Path
 
 from libs.domain.conversion import statement
 from services.worker import main
-
-_processes = multiprocessing.get_context("forkserver")
-# pytest is what these processes take for their main module.
-_processes.set_forkserver_preload(["services.worker.main", "pytest"])
+from tests.storms.forked import PROCESSES
 
 
 def start(settings: Mapping[str, str], log: Path, *, reckless: bool = False) -> BaseProcess:
     """A worker as `python -m services.worker` would be; a reckless one without its locks."""
-    process = _processes.Process(target=_work, args=(dict(settings), log, reckless), daemon=True)
+    process = PROCESSES.Process(target=_work, args=(dict(settings), log, reckless), daemon=True)
     process.start()
     return process
 

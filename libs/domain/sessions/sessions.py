@@ -139,7 +139,10 @@ async def _get(tx: Transaction, session_id: int) -> Session:
 
 
 def _session(row: Row[Any]) -> Session:
-    fields = dict(row._mapping)
-    fields["kind"] = SessionKind(row.kind)
-    fields["status"] = SessionStatus(row.status)
-    return Session(**fields)
+    return session_of(row._mapping)
+
+
+def session_of(row: Any) -> Session:
+    """From a mapping that has the columns named as the fields."""
+    fields = {name: row[name] for name in Session.__dataclass_fields__}
+    return Session(**fields | {"kind": SessionKind(row["kind"]), "status": SessionStatus(row["status"])})
