@@ -14,7 +14,8 @@ import asyncpg
 from sqlalchemy import text
 
 from libs.domain.transaction import Transaction
-from libs.guardrails import AppointmentRef, Principal, Role, SessionRef
+from libs.guardrails import AppointmentRef, Principal, Role, SessionContext, SessionRef
+from libs.guardrails.operations import Join
 
 LIFETIME_SECONDS: Final = 30
 
@@ -44,10 +45,11 @@ class Ticket:
 
 
 async def issue(
-    tx: Transaction, caller: Principal, subject: SessionRef | AppointmentRef, *, seconds_left: float
+    tx: Transaction, context: SessionContext[Join], subject: SessionRef | AppointmentRef, *, seconds_left: float
 ) -> Ticket:
-    """A ticket for `subject`. A socket that it opens lasts no longer than the token does, `seconds_left`."""
-    value = secrets.token_urlsafe(32)
+    """A ticket for what `context` allows now, addressed as `subject`. A socket that it opens lasts no longer than
+    the caller's token does, `seconds_left`."""
+    value, caller = secrets.token_urlsafe(32), context.caller
     issued = await tx.execute(
         _ISSUE,
         {

@@ -98,7 +98,7 @@ def refusal(error: Exception) -> Refused:
     """How whatever was raised is answered. What is no refusal is logged."""
     if isinstance(error, Refused):
         return error
-    if isinstance(error, PoolTimeout) or is_transient(error):
+    if is_transient(error):
         _log.warning("database_unavailable", exception_type=type(driver_error(error)).__name__)
         return Refused(Reason.OVERLOADED, retry_after=OVERLOAD_RETRY_AFTER)
     _log.error("unhandled_error", exc_info=error, error_code=Reason.INTERNAL_ERROR.code)

@@ -117,6 +117,8 @@ async def test_no_field_takes_what_it_is_not_made_for(api: Api, clinic: Clinic, 
                 for value in bad_values(field_schema, definitions):
                     content = json.dumps(call.body | {field_name: "@"}).replace('"@"', value)
                     body = await call.refused(api, content=content, headers=JSON)
+                    if field_name == "context" and body["code"] == "SESSION_CONTEXT_INVALID":
+                        continue  # A text, and judged as one in an address would be.
                     pointers = {error["pointer"][1:].partition("/")[0] for error in body["errors"]}
                     assert pointers == ({field_name} if body["status"] == 422 else {""}), content
                     # The last of two counts.
@@ -187,6 +189,9 @@ async def test_the_ids_of_another_tenant_lead_nowhere(
                     assert (await call.refused(api, call.path(**{name: ids[name]})))["status"] == 404
             for name in ids.keys() & call.body.keys():
                 body = await call.refused(api, json=call.body | {name: ids[name]})
+                if name == "context":
+                    assert body["status"] == 404
+                    continue
                 assert [error["pointer"] for error in body["errors"]] == [f"/{name}"]
 
 

@@ -234,6 +234,46 @@ async def test_rooms_that_cannot_be_looked_after_are_so_as_soon_as_they_can(
         assert (await patient.next("message"))["message"]["seq"] == 1
 
 
+async def test_a_room_that_cannot_be_read_holds_up_no_other(
+    api: Api, clinic: Clinic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, whole = await clinic.session(), await clinic.session()
+    unreadable = await clinic.fetchval("SELECT id FROM conversations WHERE session_id = $1", broken.ref.id)
+    read = messages.following
+
+    async def following_or_not(connection: Any, bodies: Any, known: Any, limit: int) -> Any:
+        if unreadable in known:
+            raise ValueError("no key")
+        return await read(connection, bodies, known, limit)
+
+    async with (
+        following(api, broken.patient, broken.context) as one,
+        following(api, whole.patient, whole.context) as other,
+    ):
+        monkeypatch.setattr(messages, "following", following_or_not)
+        for session in (broken, whole):
+            await clinic.message(session)  # Found by the same look.
+        assert (await other.next("message"))["message"]["seq"] == 1
+        monkeypatch.undo()
+        assert (await one.next("message"))["message"]["seq"] == 1
+
+
+async def test_rooms_without_news_are_looked_after_however_much_there_is_of_others(api: Api, clinic: Clinic) -> None:
+    busy, quiet = await clinic.session(), await clinic.session()
+    noisy = await clinic.fetchval("SELECT id FROM conversations WHERE session_id = $1", busy.ref.id)
+
+    async def spread_news() -> None:
+        while True:
+            api.app.state.rooms.changed(noisy)
+            await asyncio.sleep(0)
+
+    async with following(api, busy.patient, busy.context), following(api, quiet.patient, quiet.context) as patient:
+        noise = asyncio.create_task(spread_news())
+        await clinic.message(quiet)
+        assert (await patient.next("message"))["message"]["seq"] == 1
+        noise.cancel()
+
+
 # Readers
 
 

@@ -192,6 +192,22 @@ async def test_tickets_are_for_parties_and_readable_contexts(api: Api, clinic: C
     problem(await patient.post("/socket-tickets", json={}), 422, "VALIDATION_FAILED")
 
 
+async def test_no_ticket_is_issued_for_what_its_holder_may_not_follow(api: Api, clinic: Clinic) -> None:
+    session, other = await clinic.session(), await clinic.session()
+    early = await clinic.appointment(patient=session.patient, starts_in=MINUTE)
+    patient = api.as_(session.patient)
+    for context, status, code in (
+        (other.context, 404, "SESSION_NOT_FOUND"),
+        (other.appointment_id, 404, "APPOINTMENT_NOT_FOUND"),
+        (session.appointment_id, 400, "SESSION_CONTEXT_REQUIRED"),
+        (early, 403, "SESSION_NOT_READY"),
+    ):
+        problem(await patient.post("/socket-tickets", json={"context": str(context)}), status, code)
+    await patient.post(f"/sessions/{session.context}/end")
+    problem(await patient.post("/socket-tickets", json={"context": session.context}), 409, "SESSION_NOT_ACTIVE")
+    assert await clinic.fetchval("SELECT count(*) FROM socket_tickets") == 0
+
+
 # Contexts
 
 

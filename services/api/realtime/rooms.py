@@ -8,7 +8,7 @@ and which change of a reaction they have been told, so that everyone is told eve
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
@@ -18,7 +18,7 @@ from libs.domain.chat import messages, watching
 from libs.domain.chat.bodies import Bodies
 from libs.domain.chat.messages import Message
 from libs.domain.chat.watching import ChangedReaction, State
-from libs.domain.db import Database
+from libs.domain.db import Database, is_transient
 from libs.domain.doorbell import Doorbell
 from libs.domain.news import listen
 from libs.domain.runtime import Runtime
@@ -33,7 +33,6 @@ from services.api.sessions.schemas import SessionOut
 _log: Final = logger("realtime")
 
 POLL_SECONDS: Final = 2.0
-RETRY_SECONDS: Final = 0.5
 TYPING_SECONDS: Final = 10.0
 PAGE: Final = 100
 """How much of one conversation is read at once; less than a client's queue holds."""
@@ -223,31 +222,37 @@ class Rooms:
         """Looks after the rooms until cancelled: those there is news of at once, all of them now and then."""
         poll_at = 0.0
         while True:
-            try:
-                async with asyncio.timeout(max(0.0, poll_at - time.monotonic())):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(poll_at - time.monotonic()):
                     await self._woken.wait()
-            except TimeoutError:
+            if time.monotonic() >= poll_at:
                 poll_at = time.monotonic() + POLL_SECONDS
                 self._news.update(self._rooms)
             self._woken.clear()
             news, self._news = self._news, set()
-            try:
-                await self._look_after([conversation_id for conversation_id in news if conversation_id in self._rooms])
-            except Exception as error:
+            await self._try_to_look_after(list(news))
+
+    async def _try_to_look_after(self, conversations: Sequence[int]) -> None:
+        """One room that cannot be looked after is no reason to neglect the others; its turn comes again."""
+        try:
+            await self._look_after(conversations)
+        except Exception as error:
+            if len(conversations) > 1 and not is_transient(error):
+                for conversation_id in conversations:
+                    await self._try_to_look_after([conversation_id])
+            else:
                 _log.warning("rooms_failed", exc_info=error, exception_type=type(error).__name__)
-                self._news |= news
-                await asyncio.sleep(RETRY_SECONDS)
 
     async def _look_after(self, conversations: Sequence[int]) -> None:
-        if not conversations:
+        rooms = {each: self._rooms[each] for each in conversations if each in self._rooms}
+        if not rooms:
             return
         began = time.perf_counter()
         self._look += 1
         look = self._look
-        rooms = {conversation_id: self._rooms[conversation_id] for conversation_id in conversations}
         async with self._database.autocommit() as connection:
             # The state first: whatever it counts is there to be read afterwards.
-            states = await watching.states(connection, conversations)
+            states = await watching.states(connection, list(rooms))
             unread = {
                 state.conversation_id: room.seq
                 for state in states

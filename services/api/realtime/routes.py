@@ -6,6 +6,7 @@ from fastapi import Request
 from starlette.websockets import WebSocket
 
 from libs.domain import tickets
+from libs.domain.sessions.door import open_session
 from libs.guardrails import Claim, Permission, Principal, Reason, parse_context
 from libs.guardrails.operations import Join
 from services.api.guards import Tx, acting, guarded_router, guarded_websocket, runtime_of
@@ -32,13 +33,26 @@ class TicketOut(Out):
     expires_at: datetime
 
 
-@router.post("/socket-tickets", status_code=201, responses=refusals(Reason.SESSION_CONTEXT_INVALID))
+@router.post(
+    "/socket-tickets",
+    status_code=201,
+    responses=refusals(
+        Reason.SESSION_CONTEXT_INVALID,
+        Reason.SESSION_CONTEXT_REQUIRED,
+        Reason.SESSION_NOT_READY,
+        Reason.SESSION_NOT_FOUND,
+        Reason.APPOINTMENT_NOT_FOUND,
+        Reason.SESSION_NOT_ACTIVE,
+    ),
+)
 async def create_socket_ticket(
     caller: Annotated[Principal, acting(Permission.OPEN_SOCKETS)], tx: Tx, wanted: TicketIn, request: Request
 ) -> TicketOut:
     """Opens one socket in the place of a token, for browsers, which cannot send headers with a handshake."""
     token: Token = request.state.token
-    ticket = await tickets.issue(tx, caller, parse_context(wanted.context), seconds_left=token.seconds_left)
+    claim = Claim(Join, caller, parse_context(wanted.context))
+    context = await open_session(tx, runtime_of(request).guard, claim)
+    ticket = await tickets.issue(tx, context, claim.subject, seconds_left=token.seconds_left)
     return TicketOut(ticket=ticket.value, expires_at=ticket.expires_at)
 
 

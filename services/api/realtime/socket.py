@@ -115,6 +115,7 @@ class Socket:
                 await self._act(frame)
             except Exception as error:
                 refused = refusal(error)
+                await self._runtime.recorder.room()
                 self._runtime.metrics.counter("chat_message_errors_total", _ERRORS.get(refused.reason, "blocked")).inc()
                 refuse(self._websocket, refused, frames.client_message_id_of(frame))
                 if refused.reason is Reason.UNAUTHENTICATED:
