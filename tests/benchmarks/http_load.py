@@ -76,7 +76,7 @@ class _Drive:
 
     def __init__(self, wanted: Load) -> None:
         self._wanted: Final = wanted
-        self._numbers: Final = count()
+        self._numbers: Final = count(time.time_ns() // 1000 % 10**Request.DIGITS)  # beyond those of an earlier run
         self._requests: Final = cycle(wanted.requests)
         self.counting = False
         self.ending = False
