@@ -122,11 +122,6 @@ def configure_tracing(service: str, version: str, metrics: Metrics) -> Tracing:
     return _tracing
 
 
-def tracer_provider() -> trace.TracerProvider:
-    """The configured provider, for instrumentation that wants one."""
-    return _tracing.provider if _tracing else trace.NoOpTracerProvider()
-
-
 def _ratio() -> float:
     given = os.environ.get("OTEL_TRACES_SAMPLER_ARG", "").strip() or str(DEFAULT_RATIO)
     try:

@@ -11,7 +11,6 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
-from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 
 from libs.domain.db import Database
 from libs.domain.doorbell import Doorbell
@@ -20,7 +19,6 @@ from libs.domain.settings import FlagSettings, libpq_dsn, load
 from libs.observability.exposition import MetricsAccess
 from libs.observability.http import HttpTelemetry
 from libs.observability.loop import watch_loop
-from libs.observability.tracing import tracer_provider
 from services.api import errors, public
 from services.api.admin.routes import router as admin
 from services.api.appointments.routes import router as appointments
@@ -68,12 +66,6 @@ def create_app(
     app.add_middleware(BoundedBody, limit=settings.request_body_limit, seconds=settings.request_deadline_seconds)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(HttpTelemetry, metrics=runtime.metrics, route_of=RouteTemplates(app), quiet=public.PROBES)
-    FastAPIInstrumentor.instrument_app(
-        app,
-        tracer_provider=tracer_provider(),
-        exclude_spans=["receive", "send"],
-        excluded_urls="/metrics,/healthz,/readyz",
-    )
     return app
 
 
