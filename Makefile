@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup up demo test format lint types imports pytest bench storm lock clean
+.PHONY: help setup up demo test format lint types imports pytest bench load storm lock clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -43,6 +43,9 @@ pytest: $(VENV)/.dev
 
 bench: $(VENV)/.dev ## Measure and print tables; ONLY=name for one of them
 	$(BIN)/python -m tests.benchmarks $(ONLY)
+
+load: $(VENV)/.dev ## A minute of mixed load on an `up` of its own, beside its budgets; ARGS=seconds
+	$(BIN)/python -m tests.load $(ARGS)
 
 storm: $(VENV)/.dev ## The long storms: kills, lost connections and broken rows under load
 	$(BIN)/pytest tests/storms --storm=full -rP

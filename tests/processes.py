@@ -1,7 +1,9 @@
-"""Worker processes for tests: started as in production, asked by their metrics and logs, killed at will."""
+"""API and worker processes for tests: started as in production, asked by their metrics and logs, killed at will."""
 
 import asyncio
 import os
+import signal
+import socket
 import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -13,6 +15,9 @@ from typing import Any, Final
 import httpx2
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
+
+from libs.guardrails import Principal
+from tests.running import SECRET, token_of
 
 PATIENCE_SECONDS: Final = 20.0
 
@@ -100,3 +105,80 @@ async def running_worker(database_url: str, redis_url: str, log: Path, **setting
         yield worker
     finally:
         await worker.kill()
+
+
+@dataclass
+class ApiProcess:
+    """An API process, its address and its log file."""
+
+    process: Process
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, principal: Principal | None = None) -> httpx2.AsyncClient:
+        """A client with that person's token; without one, of the root."""
+        if principal is None:
+            return httpx2.AsyncClient(base_url=self.url)
+        headers = {"Authorization": f"Bearer {token_of(principal)}"}
+        return httpx2.AsyncClient(base_url=f"{self.url}/api/v1", headers=headers)
+
+    async def is_started(self) -> bool:
+        assert self.process.returncode is None, f"The API ended with {self.process.returncode}."
+        try:
+            async with self.client() as client:
+                return (await client.get("/healthz")).status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    async def samples(self) -> dict[tuple[str, ...], float]:
+        """Its metrics, by name and label values."""
+        async with self.client() as client:
+            exposition = (await client.get("/metrics")).text
+        families = text_string_to_metric_families(exposition)
+        return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+    def lines(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in map(orjson.loads, self.log.read_bytes().splitlines()) if line["event"] == event]
+
+    async def stop(self, signum: signal.Signals = signal.SIGTERM) -> int:
+        """Answers the exit status."""
+        self.process.send_signal(signum)
+        return await self.process.wait()
+
+
+@asynccontextmanager
+async def running_api_process(
+    database_url: str, redis_url: str, log: Path, **settings: str
+) -> AsyncIterator[ApiProcess]:
+    """An API that serves; killed at the end if it still runs. `settings` are environment variables."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        "SESSIONGATE_DATABASE_URL": database_url,
+        "SESSIONGATE_REDIS_URL": redis_url,
+        "SESSIONGATE_JWT_SECRET": SECRET,
+        "SESSIONGATE_METRICS_ALLOW": "127.0.0.0/8",
+        "SESSIONGATE_API_PORT": str(port),
+        "SESSIONGATE_LOG_FILE": str(log),
+        **settings,
+    }
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.api", env=environment)
+    api = ApiProcess(process, port, log)
+    try:
+        await until(api.is_started)
+        yield api
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

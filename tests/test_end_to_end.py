@@ -1,97 +1,25 @@
 """One appointment from booking to chat, through processes as in production: the API, a worker, and a
 collector that gets their traces."""
 
-import asyncio
-import os
 import signal
-import sys
-from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import orjson
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from prometheus_client.parser import text_string_to_metric_families
 
-from libs.guardrails import Principal
 from libs.observability.testing import OtlpReceiver, attributes
-from tests.cli.conftest import free_port
 from tests.clinic import Clinic
 from tests.conftest import Urls
-from tests.processes import Worker, running_worker, until
-from tests.running import SECRET, token_of
+from tests.processes import ApiProcess, Worker, running_api_process, running_worker, until
 
 CONFIRM_ID = "550e8400-e29b-41d4-a716-446655440000"
 FLAGS = {"ENFORCE_SESSION_GATED_CHAT": "true", "ENFORCE_SESSION_GATED_BILLING": "true"}
-
-
-@dataclass
-class ApiProcess:
-    """An API process, its address and its log file."""
-
-    process: Process
-    url: str
-    log: Path
-
-    def client(self, principal: Principal | None = None) -> httpx2.AsyncClient:
-        """A client with that person's token; without one, of the root."""
-        if principal is None:
-            return httpx2.AsyncClient(base_url=self.url)
-        headers = {"Authorization": f"Bearer {token_of(principal)}"}
-        return httpx2.AsyncClient(base_url=f"{self.url}/api/v1", headers=headers)
-
-    async def is_started(self) -> bool:
-        assert self.process.returncode is None, f"The API ended with {self.process.returncode}."
-        try:
-            async with self.client() as client:
-                return (await client.get("/healthz")).status_code == 200
-        except httpx2.TransportError:
-            return False
-
-    async def samples(self) -> dict[tuple[str, ...], float]:
-        """Its metrics, by name and label values."""
-        async with self.client() as client:
-            exposition = (await client.get("/metrics")).text
-        families = text_string_to_metric_families(exposition)
-        return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
-
-    def lines(self, event: str) -> list[dict[str, Any]]:
-        return [line for line in map(orjson.loads, self.log.read_bytes().splitlines()) if line["event"] == event]
-
-    async def stop(self, signum: signal.Signals = signal.SIGTERM) -> int:
-        """Answers the exit status."""
-        self.process.send_signal(signum)
-        return await self.process.wait()
-
-
-@asynccontextmanager
-async def running_api(urls: Urls, log: Path, **settings: str) -> AsyncIterator[ApiProcess]:
-    port = free_port()
-    environment = {
-        **os.environ,
-        "SESSIONGATE_DATABASE_URL": urls.app,
-        "SESSIONGATE_REDIS_URL": urls.redis,
-        "SESSIONGATE_JWT_SECRET": SECRET,
-        "SESSIONGATE_METRICS_ALLOW": "127.0.0.0/8",
-        "SESSIONGATE_API_PORT": str(port),
-        "SESSIONGATE_LOG_FILE": str(log),
-        **settings,
-    }
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.api", env=environment)
-    api = ApiProcess(process, f"http://127.0.0.1:{port}", log)
-    try:
-        await until(api.is_started)
-        yield api
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 @dataclass
@@ -166,7 +94,9 @@ async def story(clinic: Clinic, urls: Urls, tmp_path: Path) -> AsyncIterator[Sto
     async with AsyncExitStack() as stack:
         collector = stack.enter_context(OtlpReceiver())
         tracing = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.http_endpoint, "OTEL_TRACES_SAMPLER_ARG": "1"}
-        api = await stack.enter_async_context(running_api(urls, tmp_path / "api.jsonl", **FLAGS, **tracing))
+        api = await stack.enter_async_context(
+            running_api_process(urls.app, urls.redis, tmp_path / "api.jsonl", **FLAGS, **tracing)
+        )
         worker = await stack.enter_async_context(
             running_worker(urls.app, urls.redis, tmp_path / "worker.jsonl", **tracing)
         )
@@ -276,7 +206,7 @@ def the_metrics_moved(story: Story) -> None:
 
 
 async def test_an_interrupted_api_ends_in_good_order(urls: Urls, tmp_path: Path) -> None:
-    async with running_api(urls, tmp_path / "api.jsonl") as api:
+    async with running_api_process(urls.app, urls.redis, tmp_path / "api.jsonl") as api:
         async with api.client() as client:
             await client.get("/api/v1/me")
         assert await api.stop(signal.SIGINT) == 0

@@ -1,6 +1,7 @@
 """From a bearer token to a principal."""
 
 import asyncio
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ _log: Final = logger("identity")
 
 REQUIRED_CLAIMS: Final = ["exp", "iat", "sub", "aud", "iss", "tenant", "role"]
 LEEWAY_SECONDS: Final = 60
+REMEMBERED_TOKENS: Final = 10_000
 JWKS_ALGORITHMS: Final = ["RS256", "ES256"]
 JWKS_REFRESH_SECONDS: Final = 60
 JWKS_LIFETIME_SECONDS: Final = 600
@@ -113,33 +115,57 @@ class Token:
     seconds_left: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """A token that was verified with `key`, and until when it holds, in Unix time."""
+
+    key: Any
+    principal: Principal
+    until: float
+
+
 class Identity:
-    """Authenticates requests. Raises `Refused(UNAUTHENTICATED)`, and says why only to operators."""
+    """Authenticates requests. Raises `Refused(UNAUTHENTICATED)`, and says why only to operators.
+
+    A token is verified once for as long as it and its key hold, and remembered by its hash.
+    """
 
     def __init__(self, keys: Keys, issuer: str, metrics: Metrics) -> None:
         self._keys = keys
         self._issuer = issuer
         self._metrics = metrics
+        self._verified: dict[bytes, _Verified] = {}
 
     async def authenticate(self, connection: HTTPConnection) -> Token:
         scheme, _, token = connection.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise self.refuse(connection, "bad_credentials")
         try:
-            claims = jwt.decode(
-                token,
-                await self._keys.key_for(token),
-                algorithms=self._keys.algorithms,
-                audience=AUDIENCE,
-                issuer=self._issuer,
-                leeway=LEEWAY_SECONDS,
-                options={"require": REQUIRED_CLAIMS},
-            )
-            return Token(_principal(claims), claims["exp"] + LEEWAY_SECONDS - time.time())
+            key = await self._keys.key_for(token)
+            digest = hashlib.sha256(token.encode()).digest()
+            verified = self._verified.get(digest)
+            if verified is None or verified.key is not key or verified.until <= time.time():
+                verified = self._verify(token, key)
+                if len(self._verified) >= REMEMBERED_TOKENS:
+                    self._verified.clear()
+                self._verified[digest] = verified
+            return Token(verified.principal, verified.until - time.time())
         except jwt.ExpiredSignatureError:
             raise self.refuse(connection, "expired") from None
         except (jwt.PyJWTError, ValueError, TypeError):
             raise self.refuse(connection, "invalid_token") from None
+
+    def _verify(self, token: str, key: Any) -> _Verified:
+        claims = jwt.decode(
+            token,
+            key,
+            algorithms=self._keys.algorithms,
+            audience=AUDIENCE,
+            issuer=self._issuer,
+            leeway=LEEWAY_SECONDS,
+            options={"require": REQUIRED_CLAIMS},
+        )
+        return _Verified(key, _principal(claims), int(claims["exp"]) + LEEWAY_SECONDS)
 
     def refuse(self, connection: HTTPConnection, reason: str) -> Refused:
         """The refusal, counted and logged; `reason` is a label value of `auth_failures_total`."""

@@ -12,6 +12,7 @@ import uvloop
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+from opentelemetry.metrics import NoOpMeterProvider
 
 from libs.domain.db import Database
 from libs.domain.doorbell import Doorbell
@@ -92,6 +93,7 @@ def create_app(
     FastAPIInstrumentor.instrument_app(
         app,
         tracer_provider=tracer_provider(),
+        meter_provider=NoOpMeterProvider(),  # the metrics are our own
         exclude_spans=["receive", "send"],
         excluded_urls="/metrics,/healthz,/readyz",
     )

@@ -16,9 +16,8 @@ from tests.api.expect import DAY, faults, found, moment, problem
 from tests.clinic import Clinic, LiveSession
 from tests.clock import Clock
 from tests.conftest import MakeApi, Urls
-from tests.processes import until
+from tests.processes import running_api_process, until
 from tests.running import Api
-from tests.test_end_to_end import running_api
 
 CHAT, ALLOW = Flag.ENFORCE_SESSION_GATED_CHAT, Flag.ALLOW_LEGACY_APPOINTMENT_CHAT
 
@@ -239,7 +238,10 @@ async def test_a_killed_process_takes_its_last_half_second_along_and_no_more(
     session = await clinic.session()
     loop = asyncio.get_running_loop()
     answered: dict[str, float] = {}
-    async with running_api(urls, tmp_path / "api.jsonl") as api, api.client(session.patient) as client:
+    async with (
+        running_api_process(urls.app, urls.redis, tmp_path / "api.jsonl") as api,
+        api.client(session.patient) as client,
+    ):
         began = loop.time()
         while loop.time() < began + 2:
             response = await client.get(f"/chat/{session.appointment_id}/messages")
@@ -257,7 +259,10 @@ async def test_a_killed_process_takes_its_last_half_second_along_and_no_more(
 
 async def test_an_orderly_end_loses_nothing(clinic: Clinic, urls: Urls, tmp_path: Path) -> None:
     session: LiveSession = await clinic.session()
-    async with running_api(urls, tmp_path / "api.jsonl") as api, api.client(session.patient) as client:
+    async with (
+        running_api_process(urls.app, urls.redis, tmp_path / "api.jsonl") as api,
+        api.client(session.patient) as client,
+    ):
         for _ in range(20):
             found(await client.get(f"/chat/{session.appointment_id}/messages"))
         assert await api.stop() == 0

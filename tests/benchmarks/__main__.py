@@ -3,10 +3,10 @@
 import asyncio
 import sys
 
-from tests.benchmarks import conversion, growth, latency
+from tests.benchmarks import conversion, growth, latency, send
 from tests.benchmarks.harness import console, keep, show
 
-BENCHMARKS = {"conversion": conversion.run, "growth": growth.run, "latency": latency.run}
+BENCHMARKS = {"conversion": conversion.run, "growth": growth.run, "latency": latency.run, "send": send.run}
 
 
 async def main(names: list[str]) -> None:
@@ -17,6 +17,8 @@ async def main(names: list[str]) -> None:
         keep(name, result)
 
 
-if unknown := set(sys.argv[1:]) - BENCHMARKS.keys():
-    sys.exit(f"There is no benchmark {', '.join(sorted(unknown))}. There are: {', '.join(BENCHMARKS)}.")
-asyncio.run(main(sys.argv[1:]))
+# Processes that benchmarks start by `spawn` import this module once more.
+if __name__ == "__main__":
+    if unknown := set(sys.argv[1:]) - BENCHMARKS.keys():
+        sys.exit(f"There is no benchmark {', '.join(sorted(unknown))}. There are: {', '.join(BENCHMARKS)}.")
+    asyncio.run(main(sys.argv[1:]))

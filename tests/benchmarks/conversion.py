@@ -4,10 +4,7 @@ writes the same rows and judges nothing, and beside the loop that most programs 
 
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,17 +16,15 @@ from libs.domain.db import WORKER_TIMEOUTS, Database
 from libs.domain.runtime import telemetry
 from libs.domain.settings import Settings
 from services.cli.embedded import DATABASE, LOGIN, Servers
-from tests.benchmarks.harness import Result, interleaved
+from tests.benchmarks.harness import Figures, Result, fresh_copy, interleaved, named, speeds
 from tests.benchmarks.row_loop import convert_row_by_row
 from tests.population import populate, settle
-from tests.servers import administration, copy_of, migrate, running_servers, url_of
+from tests.servers import migrate, running_servers, url_of
 
 APPOINTMENTS: Final = 20_000
 BATCH: Final = 1000
 ROWS_OF_THE_LOOP: Final = 1000
 """The loop is timed on the first rows only; it would take minutes."""
-
-_names = count(1)
 
 _BARE: Final = """
     WITH due AS MATERIALIZED (
@@ -91,32 +86,23 @@ async def run() -> Result:
             await settle(connection)
             await connection.close()
 
-            async def product() -> float:
-                return await measure_product(servers, DATABASE, Path(folder))
+            async def product() -> Figures:
+                return {"per_second": await measure_product(servers, DATABASE, Path(folder))}
 
-            async def bare() -> float:
+            async def bare() -> Figures:
                 async with fresh_copy(servers, DATABASE) as name:
-                    return await _bare(url_of(servers, name, LOGIN))
+                    return {"per_second": await _bare(url_of(servers, name, LOGIN))}
 
-            async def loop() -> float:
+            async def loop() -> Figures:
                 async with fresh_copy(servers, DATABASE) as name:
-                    return await convert_row_by_row(url_of(servers, name, LOGIN), ROWS_OF_THE_LOOP)
+                    return {"per_second": await convert_row_by_row(url_of(servers, name, LOGIN), ROWS_OF_THE_LOOP)}
 
             figures = await interleaved({"product": product, "bare_sql": bare, "row_loop": loop})
     return Result(
-        figures={f"{name}_per_second": value for name, value in figures.items()},
-        ratios={other: figures["product"] / figures[other] for other in ("bare_sql", "row_loop")},
+        figures=named(figures),
+        ratios=speeds(figures, "product", "bare_sql", "row_loop"),
         goals={"bare_sql": "0.5, goal 0.8", "row_loop": "50, goal 100"},
     )
-
-
-@asynccontextmanager
-async def fresh_copy(servers: Servers, template: str) -> AsyncIterator[str]:
-    """A database for one contestant, who does not pay for the writing of the copy."""
-    async with copy_of(servers, template, f"copy_{next(_names)}") as name:
-        async with administration(servers) as connection:
-            await connection.execute("CHECKPOINT")
-        yield name
 
 
 async def measure_product(servers: Servers, template: str, folder: Path, limit: int | None = None) -> float:

@@ -9,7 +9,7 @@ import asyncpg
 
 from services.cli.embedded import DATABASE
 from tests.benchmarks.conversion import measure_product
-from tests.benchmarks.harness import Result, interleaved
+from tests.benchmarks.harness import Figures, Result, interleaved, named, speeds
 from tests.population import age, populate, settle
 from tests.servers import copy_of, migrate, running_servers, url_of
 
@@ -33,16 +33,16 @@ async def run() -> Result:
                 await settle(connection)
                 await connection.close()
 
-                async def small() -> float:
-                    return await measure_product(servers, DATABASE, Path(folder))
+                async def small() -> Figures:
+                    return {"per_second": await measure_product(servers, DATABASE, Path(folder))}
 
-                async def large() -> float:
-                    return await measure_product(servers, grown, Path(folder))
+                async def large() -> Figures:
+                    return {"per_second": await measure_product(servers, grown, Path(folder))}
 
                 figures = await interleaved({"small": small, "large": large})
     return Result(
-        figures={"small_per_second": figures["small"], "large_per_second": figures["large"]},
+        figures=named(figures),
         # Time with a million other appointments, in units of the time without.
-        ratios={"one_million": figures["small"] / figures["large"]},
+        ratios={"one_million": speeds(figures, "small", "large")["large"]},
         goals={"one_million": "at most 1.2"},
     )

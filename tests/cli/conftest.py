@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from tests.processes import free_port
 
 SESSIONGATE = str(Path(sys.executable).with_name("sessiongate"))
 START_SECONDS = 30.0
@@ -117,13 +118,6 @@ def sessiongate(folder: Path, *arguments: str, env: dict[str, str] | None = None
     return subprocess.run(
         [SESSIONGATE, *arguments], cwd=folder, env=CLEAN | (env or {}), capture_output=True, text=True, timeout=60
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def is_alive(process: psutil.Process) -> bool:

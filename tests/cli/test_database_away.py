@@ -9,9 +9,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.api.calls import Owner
-from tests.cli.conftest import free_port, sessiongate
+from tests.cli.conftest import sessiongate
 from tests.clinic import Clinic
 from tests.conftest import Urls
+from tests.processes import free_port
 from tests.running import SECRET
 
 COMMANDS = (

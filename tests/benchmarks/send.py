@@ -1,0 +1,155 @@
+"""Guarded sends per second over HTTP, by an API process as in production with all telemetry on, beside endpoints
+that only store: 16 connections, 1,000 sessions, one process each.
+"""
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import asyncpg
+import httpx2
+import orjson
+
+from libs.domain.conversion.runs import Converter
+from libs.domain.db import Database
+from libs.guardrails import Principal, Role
+from services.cli.embedded import DATABASE, LOGIN
+from tests.benchmarks.harness import Figures, Result, fresh_copy, interleaved, named, speeds
+from tests.benchmarks.http_load import Load, Request, load
+from tests.population import populate, settle
+from tests.processes import free_port, running_api_process, until
+from tests.running import token_of
+from tests.servers import migrate, running_servers, url_of
+
+SESSIONS: Final = 1000
+BODY: Final = "The tablets help, but I still wake up at night. Should I take them in the morning instead?"
+
+_PARTIES: Final = """
+    SELECT s.tenant_id, s.patient_id, c.id AS conversation_id, s.kind || '_session:' || s.id AS context
+    FROM sessions s JOIN conversations c ON c.session_id = s.id ORDER BY s.id
+"""
+
+
+@dataclass(frozen=True)
+class Room:
+    """A session, and the patient who writes in it."""
+
+    context: str
+    conversation_id: int
+    patient: Principal
+
+
+async def run() -> Result:
+    with tempfile.TemporaryDirectory() as folder:
+        async with running_servers(durable=True) as servers, _running_endpoint("collector") as collector:
+            await migrate(servers)
+            rooms = await open_rooms(url_of(servers, DATABASE), SESSIONS)
+            to_the_product = [_to_the_product(room) for room in rooms]
+            to_the_others = [_to_the_others(room) for room in rooms]
+
+            async def product() -> Figures:
+                async with (
+                    fresh_copy(servers, DATABASE) as name,
+                    running_api_process(
+                        url_of(servers, name, LOGIN),
+                        servers.redis_url,
+                        Path(folder) / f"{name}.jsonl",
+                        SESSIONGATE_CHAT_MESSAGES_PER_MINUTE="1000000",
+                        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector}",
+                    ) as api,
+                ):
+                    return await load(Load(api.port, to_the_product))
+
+            async def bare_asyncpg() -> Figures:
+                return await other("bare")
+
+            async def orm_insert() -> Figures:
+                return await other("orm")
+
+            async def other(endpoint: str) -> Figures:
+                async with (
+                    fresh_copy(servers, DATABASE) as name,
+                    _running_endpoint(endpoint, url_of(servers, name, LOGIN)) as port,
+                ):
+                    return await load(Load(port, to_the_others))
+
+            figures = await interleaved({"product": product, "bare_asyncpg": bare_asyncpg, "orm_insert": orm_insert})
+    return Result(
+        figures=named(figures),
+        ratios=speeds(figures, "product", "bare_asyncpg", "orm_insert"),
+        goals={
+            "bare_asyncpg": "0.5, goal 0.75",
+            "orm_insert": "2.5, goal 5",
+            "product_p99_ms": "at most 20, goal 10",
+        },
+    )
+
+
+async def open_rooms(owner_url: str, number: int) -> Sequence[Room]:
+    """Fills an empty database with so many live sessions, made from appointments by conversion."""
+    connection = await asyncpg.connect(owner_url)
+    await populate(connection, number, datetime.now(UTC) - timedelta(minutes=1))
+    database = Database(owner_url, application="benchmark")
+    await Converter(database, lambda *_: None, worker="benchmark", counts=False).auto_start(wait=True)
+    await database.close()
+    # As after the doctor's first message, which changes more than others do.
+    await connection.execute("UPDATE sessions SET status = 'active', activated_at = clock() WHERE kind = 'text'")
+    await settle(connection)
+    rows = await connection.fetch(_PARTIES)
+    await connection.close()
+    return [
+        Room(row["context"], row["conversation_id"], Principal(row["patient_id"], row["tenant_id"], Role.PATIENT))
+        for row in rows
+    ]
+
+
+def _to_the_product(room: Room) -> Request:
+    body = orjson.dumps({"client_message_id": "%d", "body": BODY})
+    return Request.post(f"/api/v1/chat/{room.context}/messages", body, token_of(room.patient))
+
+
+def _to_the_others(room: Room) -> Request:
+    body = orjson.dumps(
+        {
+            "tenant_id": room.patient.tenant_id,
+            "conversation_id": room.conversation_id,
+            "sender_id": room.patient.user_id,
+            "client_message_id": "%d",
+            "body": BODY,
+        }
+    )
+    return Request.post("/messages", body)
+
+
+@asynccontextmanager
+async def _running_endpoint(name: str, database_url: str = "") -> AsyncIterator[int]:
+    """One of `endpoints` in a process of its own; yields its port."""
+    port = free_port()
+    command = ["uvicorn", f"tests.benchmarks.endpoints:{name}", "--factory", "--port", str(port)]
+    options = ["--log-level", "warning", "--no-access-log", "--no-server-header", "--no-proxy-headers"]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", *command, *options, env={**os.environ, "DATABASE_URL": database_url}
+    )
+
+    async def serves() -> bool:
+        assert process.returncode is None, f"The endpoint ended with {process.returncode}."
+        try:
+            async with httpx2.AsyncClient() as client:
+                return (await client.get(f"http://127.0.0.1:{port}/openapi.json")).status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    try:
+        await until(serves)
+        yield port
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
