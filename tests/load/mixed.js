@@ -1,10 +1,11 @@
 // Requests arrive at fixed rates, whether or not earlier ones are answered, so that a slow server cannot slow the
 // load down and look fast. Each operation has a trend of its own and a counter of what went wrong.
 
+import { sleep } from "k6";
 import exec from "k6/execution";
 import http from "k6/http";
 import { Counter, Trend } from "k6/metrics";
-import { WebSocket } from "k6/websockets";
+import ws from "k6/ws";
 
 const API = __ENV.API;
 const SECONDS = Number(__ENV.SECONDS);
@@ -20,6 +21,7 @@ function arriving(name, perSecond) {
     exec: name,
     rate: perSecond,
     timeUnit: "1s",
+    startTime: "2s", // once the sockets are open
     duration: `${SECONDS}s`,
     preAllocatedVUs: 16,
     maxVUs: 64,
@@ -84,35 +86,40 @@ export function history() {
 // as everyone in the conversation gets it.
 export function sockets() {
   const here = room(exec.vu.idInTest);
-  const headers = { Authorization: `Bearer ${here.doctor}` };
-  const socket = new WebSocket(`${API.replace("http", "ws")}/api/v1/chat/${here.context}/socket`, "sessiongate.v1", { headers });
+  const headers = { Authorization: `Bearer ${here.doctor}`, "Sec-WebSocket-Protocol": "sessiongate.v1" };
+  const url = `${API.replace("http", "ws")}/api/v1/chat/${here.context}/socket`;
   const sent = {};
+  sleep(exec.vu.idInTest * 0.05); // People do not arrive at the same instant.
   const began = Date.now();
 
-  const write = () => {
-    const id = unique();
-    sent[id] = Date.now();
-    socket.send(JSON.stringify({ type: "message", client_message_id: id, body: "In the morning, please." }));
-  };
+  const answer = ws.connect(url, { headers }, (socket) => {
+    const write = () => {
+      const id = unique();
+      sent[id] = Date.now();
+      socket.send(JSON.stringify({ type: "message", client_message_id: id, body: "In the morning, please." }));
+    };
 
-  socket.addEventListener("open", () => socket.send(JSON.stringify({ type: "hello" })));
-  socket.addEventListener("error", (event) => note("socket_open", false, 0, event.error));
-  socket.addEventListener("message", (event) => {
-    const frame = JSON.parse(event.data);
-    if (frame.type === "caught_up") {
-      note("socket_open", true, Date.now() - began);
-      write();
-      const writing = setInterval(write, 2000);
-      setTimeout(() => clearInterval(writing), (SECONDS - 1) * 1000);
-      setTimeout(() => socket.close(), SECONDS * 1000);
-    } else if (frame.type === "ack") {
-      note("socket_ack", true, Date.now() - sent[frame.client_message_id]);
-    } else if (frame.type === "message" && frame.message.client_message_id in sent) {
-      note("socket_delivery", true, Date.now() - sent[frame.message.client_message_id]);
-    } else if (frame.type === "refused") {
-      note("socket_ack", false, 0, event.data);
-    }
+    socket.on("open", () => socket.send(JSON.stringify({ type: "hello" })));
+    socket.on("error", (error) => note("socket_open", false, 0, error.error()));
+    socket.on("message", (text) => {
+      const frame = JSON.parse(text);
+      if (frame.type === "caught_up") {
+        note("socket_open", true, Date.now() - began);
+        write();
+        socket.setInterval(() => began + (SECONDS - 1) * 1000 > Date.now() && write(), 2000);
+        socket.setTimeout(() => socket.close(), SECONDS * 1000);
+      } else if (frame.type === "ack") {
+        note("socket_ack", true, Date.now() - sent[frame.client_message_id]);
+      } else if (frame.type === "message" && frame.message.client_message_id in sent) {
+        note("socket_delivery", true, Date.now() - sent[frame.message.client_message_id]);
+      } else if (frame.type === "refused") {
+        note("socket_ack", false, 0, text);
+      }
+    });
   });
+  if (answer.status !== 101) {
+    note("socket_open", false, 0, answer.body);
+  }
 }
 
 export function handleSummary(data) {
