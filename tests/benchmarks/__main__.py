@@ -3,10 +3,16 @@
 import asyncio
 import sys
 
-from tests.benchmarks import conversion, growth, latency, send
+from tests.benchmarks import conversion, fanout, growth, latency, send
 from tests.benchmarks.harness import console, keep, show
 
-BENCHMARKS = {"conversion": conversion.run, "growth": growth.run, "latency": latency.run, "send": send.run}
+BENCHMARKS = {
+    "conversion": conversion.run,
+    "fanout": fanout.run,
+    "growth": growth.run,
+    "latency": latency.run,
+    "send": send.run,
+}
 
 
 async def main(names: list[str]) -> None:

@@ -67,9 +67,9 @@ def named(figures: Mapping[str, Figures]) -> Figures:
     return {f"{name}_{figure}": value for name, own in figures.items() for figure, value in own.items()}
 
 
-def speeds(figures: Mapping[str, Figures], of: str, *others: str) -> Figures:
+def speeds(figures: Mapping[str, Figures], of: str, *others: str, figure: str = "per_second") -> Figures:
     """How many times as fast as each of the others one of the contestants is."""
-    return {other: figures[of]["per_second"] / figures[other]["per_second"] for other in others}
+    return {other: figures[of][figure] / figures[other][figure] for other in others}
 
 
 def percentile(ascending: Sequence[float], share: float) -> float:
