@@ -127,6 +127,22 @@ async def test_a_client_that_says_nothing_of_what_it_has_gets_what_is_new(
     assert len(patient.of("pong")) == (first == {"type": "ping"})
 
 
+async def test_what_the_welcome_counted_is_not_told_again(
+    make_api: MakeApi, clinic: Clinic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "POLL_SECONDS", 3600.0)
+    api = await make_api()
+    session = await clinic.session()
+    async with following(api, session.patient, session.context) as patient:
+        await clinic.message(session)  # No news of it: the room does not know yet when the doctor enters.
+        async with following(api, session.doctor, session.context) as doctor:
+            assert (await patient.next("message"))["message"]["seq"] == 1
+            await doctor.send(type="message", **message(1))
+            while seqs(doctor.seen)[-1:] != [2]:
+                await doctor.receive()
+            assert seqs(doctor.seen) == [2]
+
+
 async def test_a_client_ahead_of_the_conversation_gets_what_is_new(api: Api, clinic: Clinic) -> None:
     session = await clinic.session()
     async with following(api, session.patient, session.context, after_seq=2**63 - 1, after_revision=99) as patient:
@@ -166,26 +182,26 @@ async def test_reactions_are_told_live_and_to_whoever_was_away(api: Api, clinic:
 async def test_typing_is_shown_to_others_and_ends_by_itself(
     api: Api, clinic: Clinic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rooms, "TYPING_SECONDS", 0.3)
     session = await clinic.session()
-    user_id = session.patient.user_id
+
+    def typing(on: bool) -> dict[str, Any]:
+        return {"type": "typing", "user_id": session.patient.user_id, "on": on}
+
     async with (
         following(api, session.patient, session.context) as patient,
         following(api, session.doctor, session.context) as doctor,
     ):
         await patient.send(type="typing", on=True)
-        assert await doctor.receive() == {"type": "typing", "user_id": user_id, "on": True}
-        async with opened(api, session.doctor, session.context) as late:
-            await late.send(type="hello")
-            await late.until_caught_up()
-            assert late.of("typing") == [{"type": "typing", "user_id": user_id, "on": True}]
-        assert await doctor.receive() == {"type": "typing", "user_id": user_id, "on": False}
-        await api.as_(session.patient).put(f"/chat/{session.context}/typing")
-        assert (await doctor.receive())["on"] is True
+        assert await doctor.receive() == typing(True)
+        async with following(api, session.doctor, session.context) as late:
+            assert late.of("typing") == [typing(True)]
         await patient.send(type="typing", on=False)
-        assert (await doctor.receive())["on"] is False
+        assert await doctor.receive() == typing(False)
+        monkeypatch.setattr(rooms, "TYPING_SECONDS", 0.1)
+        await api.as_(session.patient).put(f"/chat/{session.context}/typing")
+        assert [await doctor.receive() for _ in range(2)] == [typing(True), typing(False)]
         await patient.send(type="ping")
-        assert [await patient.receive()] == [{"type": "pong"}]
+        assert await patient.receive() == {"type": "pong"}
 
 
 async def test_how_far_everyone_has_read_is_told_live_and_at_the_beginning(api: Api, clinic: Clinic) -> None:
