@@ -1,0 +1,221 @@
+"""Who may do what with whose things: every operation × everybody, each cell with its expected answer.
+
+A thing is what the path names, or the body: an appointment, a session, a user. Its patient and its doctor take
+part in it; everybody else of the tenant is another, and everybody of another tenant is foreign.
+"""
+
+from dataclasses import replace
+from typing import Final
+
+import jwt
+import pytest
+from httpx2 import Response
+
+from libs.guardrails import Principal, Role
+from tests.api.calls import Call, Owner, calls_of, rows
+from tests.api.expect import problem
+from tests.clinic import Clinic
+from tests.conftest import MakeApi
+from tests.running import SECRET, Api, token_of
+
+# `own` is a list of what the caller takes part in, and of nothing else.
+EXPECTED: Final = """
+                      takes part                another                  of another tenant
+                      patient  doctor operator  patient  doctor service  patient  doctor operator service
+get_me                    200     200      200      200     200     403      200     200      200     403
+list_doctors              own     own      own      own     own     403      own     own      own     403
+list_notifications        own     own      own      own     own     403      own     own      own     403
+
+book_appointment          201     403      201      422     403     403      422     403      422     403
+list_appointments         own     own      own      own     own     403      own     own      own     403
+get_appointment           200     200      200      404     404     403      404     404      404     403
+confirm_appointment       403     200      200      404     404     403      404     404      404     403
+cancel_appointment        200     200      200      404     404     403      404     404      404     403
+propose_new_time          403     200      200      404     404     403      404     404      404     403
+accept_new_time           200     403      403      404     404     403      404     404      404     403
+reject_new_time           200     403      403      404     404     403      404     404      404     403
+report_presence           204     204      403      404     404     403      404     404      404     403
+poll_session              200     200      200      404     404     403      404     404      404     403
+
+list_sessions             own     own      own      own     own     403      own     own      own     403
+get_session               200     200      200      404     404     404      404     404      404     404
+end_session               200     200      200      404     404     404      404     404      404     404
+
+send_message              201     201      403      404     404     404      404     404      404     404
+get_messages              200     200      200      404     404     404      404     404      404     404
+reply_to_message          201     201      403      404     404     404      404     404      404     404
+add_reaction              204     204      403      404     404     404      404     404      404     404
+remove_reaction           204     204      403      404     404     404      404     404      404     404
+start_typing              204     204      403      404     404     404      404     404      404     404
+stop_typing               204     204      403      404     404     404      404     404      404     404
+mark_as_read              200     200      403      404     404     404      404     404      404     404
+
+create_user               403     403      201      403     403     403      403     403      201     403
+change_user               403     403      200      403     403     403      403     403      404     403
+create_subscription       403     403      201      403     403     403      403     403      422     403
+get_conversions           403     403      200      403     403     403      403     403      200     403
+"""
+EVERYBODY: Final = (
+    *("patient", "doctor", "operator"),
+    *("another patient", "another doctor", "service"),
+    *("foreign patient", "foreign doctor", "foreign operator", "foreign service"),
+)
+
+
+_LINES: Final = [line.split() for line in EXPECTED.splitlines()[3:] if line]
+ANSWERS: Final = {name: dict(zip(EVERYBODY, answers, strict=True)) for name, *answers in _LINES}
+"""The same, by operation and caller."""
+
+REFUSALS: Final = {"403", "404", "422"}
+
+_CALLER: Final = "(VALUES ($1::bigint, $2::bigint, $3::text)) AS caller (tenant, me, role)"
+_TAKES_PART: Final = "tenant_id = caller.tenant AND (caller.role = 'operator' OR caller.me IN (patient_id, doctor_id))"
+OWN: Final = {
+    "list_doctors": f"SELECT id FROM users, {_CALLER} WHERE tenant_id = caller.tenant AND users.role = 'doctor'",
+    "list_notifications": f"SELECT id FROM notifications, {_CALLER} WHERE user_id = caller.me",
+    "list_appointments": f"SELECT id FROM appointments, {_CALLER} WHERE {_TAKES_PART}",
+    "list_sessions": f"SELECT id FROM sessions, {_CALLER} WHERE {_TAKES_PART}",
+}
+"""What a list shows to a caller."""
+
+# What tells somebody without a right that there is nothing, by what the path names.
+NOT_FOUND: Final = {"context": "SESSION_NOT_FOUND", "appointment_id": "APPOINTMENT_NOT_FOUND", "user_id": "NOT_FOUND"}
+
+
+async def bystanders(clinic: Clinic) -> dict[str, Principal]:
+    """Everybody who is neither the patient nor the doctor of anything."""
+    elsewhere = await Clinic.open(clinic.database, "Elsewhere")
+    return {
+        "operator": clinic.operator,
+        "another patient": await clinic.patient(),
+        "another doctor": await clinic.doctor(),
+        "service": await clinic.person(Role.SERVICE),
+        "foreign patient": await elsewhere.patient(),
+        "foreign doctor": await elsewhere.doctor(),
+        "foreign operator": elsewhere.operator,
+        "foreign service": await elsewhere.person(Role.SERVICE),
+    }
+
+
+async def parties(clinic: Clinic, call: Call) -> dict[str, Principal]:
+    """The patient and the doctor of the thing; of nothing in particular, some pair that has something."""
+    _, colon, session_id = call.values.get("context", "").partition(":")
+    appointment_id = call.values.get("appointment_id") or call.values.get("context")
+    ids = await clinic.fetchrow(
+        """
+        SELECT patient_id, doctor_id FROM appointments
+        WHERE id = coalesce($1, (SELECT appointment_id FROM sessions WHERE id = $2), (SELECT min(id) FROM appointments))
+        """,
+        int(appointment_id) if appointment_id and not colon else None,
+        int(session_id) if colon else None,
+    )
+    named = call.body if "patient_id" in call.body else ids
+    return {
+        "patient": Principal(named["patient_id"], clinic.tenant_id, Role.PATIENT),
+        "doctor": Principal(named.get("doctor_id") or ids["doctor_id"], clinic.tenant_id, Role.DOCTOR),
+    }
+
+
+async def every_call(api: Api, clinic: Clinic) -> list[Call]:
+    """A good request for every operation; for those of chat a second one by appointment id."""
+    calls = await calls_of(api, clinic)
+    by_appointment = []
+    for call in calls:
+        if call.template.startswith("/api/v1/chat/{context}"):
+            session_id = int(call.values["context"].partition(":")[2])
+            appointment_id = await clinic.fetchval("SELECT id FROM appointments WHERE session_id = $1", session_id)
+            body = call.body | ({"client_message_id": "by appointment"} if "client_message_id" in call.body else {})
+            by_appointment.append(replace(call, values=call.values | {"context": str(appointment_id)}, body=body))
+    return calls + by_appointment
+
+
+def name_of(call: Call) -> str:
+    return str(call.described["operationId"])
+
+
+async def check(clinic: Clinic, call: Call, caller: Principal, answer: str, response: Response) -> None:
+    """Compares an answer with the expected one."""
+    said = f"{name_of(call)} {call.path()} by {caller}: {response.status_code} {response.text}"
+    match answer:
+        case "own":
+            assert response.status_code == 200, said
+            shown = {item["id"] for item in response.json()["items"]}
+            his = await clinic.fetch(OWN[name_of(call)], caller.tenant_id, caller.user_id, caller.role.value)
+            assert shown == {row["id"] for row in his}, said
+        case "403":
+            problem(response, 403, "ROLE_NOT_ALLOWED")
+        case "404":
+            (named,) = NOT_FOUND.keys() & call.values.keys()
+            by_appointment = named == "context" and call.values["context"].isdigit()
+            problem(response, 404, "APPOINTMENT_NOT_FOUND" if by_appointment else NOT_FOUND[named])
+        case "422":
+            problem(response, 422, "VALIDATION_FAILED")
+        case _:
+            assert response.status_code == int(answer), said
+
+
+@pytest.fixture
+async def lenient_api(make_api: MakeApi) -> Api:
+    """An API on which appointment ids go as far as session contexts do."""
+    return await make_api(ALLOW_LEGACY_APPOINTMENT_CHAT=True)
+
+
+def test_every_operation_has_a_row(lenient_api: Api) -> None:
+    described = {
+        operation["operationId"]
+        for path, methods in lenient_api.app.openapi()["paths"].items()
+        if path.startswith("/api/v1/")
+        for operation in methods.values()
+    }
+    assert ANSWERS.keys() == described
+
+
+async def test_whoever_has_no_right_is_refused_and_leaves_no_trace(
+    lenient_api: Api, clinic: Clinic, owner: Owner
+) -> None:
+    calls, others = await every_call(lenient_api, clinic), await bystanders(clinic)
+    before = await rows(owner)
+    for call in calls:
+        for who, caller in (others | await parties(clinic, call)).items():
+            answer = ANSWERS[name_of(call)][who]
+            if answer in REFUSALS:
+                response = await call.send(lenient_api, caller=caller)
+                await check(clinic, call, caller, answer, response)
+    assert await rows(owner) == before
+
+
+@pytest.mark.parametrize("who", EVERYBODY)
+async def test_whoever_has_the_right_is_served(lenient_api: Api, clinic: Clinic, who: str) -> None:
+    calls, others = await every_call(lenient_api, clinic), await bystanders(clinic)
+    await clinic.dispatch()
+    for call in calls:
+        caller = (others | await parties(clinic, call))[who]
+        answer = ANSWERS[name_of(call)][who]
+        if answer not in REFUSALS:
+            await check(clinic, call, caller, answer, await call.send(lenient_api, caller=caller))
+
+
+async def test_whoever_is_no_longer_active_has_no_right_at_all(lenient_api: Api, clinic: Clinic, owner: Owner) -> None:
+    calls, others = await every_call(lenient_api, clinic), await bystanders(clinic)
+    await clinic.fetch("UPDATE users SET active = false")
+    before = await rows(owner)
+    for call in calls:
+        for caller in (others | await parties(clinic, call)).values():
+            problem(await call.send(lenient_api, caller=caller), 401, "UNAUTHENTICATED")
+    assert await rows(owner) == before
+
+
+async def test_nothing_is_done_for_a_token_that_has_expired_or_for_none(
+    lenient_api: Api, clinic: Clinic, owner: Owner
+) -> None:
+    calls = await every_call(lenient_api, clinic)
+    before = await rows(owner)
+    for call in calls:
+        claims = jwt.decode(token_of(call.caller), options={"verify_signature": False})
+        expired = {"Authorization": "Bearer " + jwt.encode(claims | {"exp": claims["iat"] - 3600}, SECRET)}
+        for headers in ({}, expired):
+            response = await lenient_api.anonymous.request(
+                call.method, call.path(), headers=headers, json=call.body or None
+            )
+            problem(response, 401, "UNAUTHENTICATED")
+    assert await rows(owner) == before
