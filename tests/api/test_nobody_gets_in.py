@@ -117,16 +117,19 @@ async def parties(clinic: Clinic, call: Call) -> dict[str, Principal]:
 
 
 async def every_call(api: Api, clinic: Clinic) -> list[Call]:
-    """A good request for every operation; for those of chat a second one by appointment id."""
+    """A good request for every operation; for those of chat another one by appointment id."""
     calls = await calls_of(api, clinic)
-    by_appointment = []
-    for call in calls:
-        if call.template.startswith("/api/v1/chat/{context}"):
-            session_id = int(call.values["context"].partition(":")[2])
-            appointment_id = await clinic.fetchval("SELECT id FROM appointments WHERE session_id = $1", session_id)
-            body = call.body | ({"client_message_id": "by appointment"} if "client_message_id" in call.body else {})
-            by_appointment.append(replace(call, values=call.values | {"context": str(appointment_id)}, body=body))
-    return calls + by_appointment
+    chat = [call for call in calls if call.template.startswith("/api/v1/chat/{context}")]
+    sessions = await clinic.fetch("SELECT id, appointment_id FROM sessions")
+    appointments = {f"text_session:{session['id']}": str(session["appointment_id"]) for session in sessions}
+    return calls + [by_appointment(call, appointments[call.values["context"]]) for call in chat]
+
+
+def by_appointment(call: Call, appointment_id: str) -> Call:
+    body = dict(call.body)
+    if "client_message_id" in body:
+        body["client_message_id"] += " by appointment"
+    return replace(call, values=call.values | {"context": appointment_id}, body=body)
 
 
 def name_of(call: Call) -> str:
@@ -146,8 +149,9 @@ async def check(clinic: Clinic, call: Call, caller: Principal, answer: str, resp
             problem(response, 403, "ROLE_NOT_ALLOWED")
         case "404":
             (named,) = NOT_FOUND.keys() & call.values.keys()
-            by_appointment = named == "context" and call.values["context"].isdigit()
-            problem(response, 404, "APPOINTMENT_NOT_FOUND" if by_appointment else NOT_FOUND[named])
+            if named == "context" and call.values["context"].isdigit():
+                named = "appointment_id"
+            problem(response, 404, NOT_FOUND[named])
         case "422":
             problem(response, 422, "VALIDATION_FAILED")
         case _:
