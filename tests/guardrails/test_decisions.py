@@ -1,5 +1,8 @@
 """The whole matrix of decisions, compared with the promises."""
 
+from dataclasses import replace
+from itertools import islice
+
 import pytest
 
 from libs.guardrails import (
@@ -8,14 +11,18 @@ from libs.guardrails import (
     AppointmentRef,
     Claim,
     Facts,
+    Family,
     Flag,
     Flags,
+    Operation,
+    Reason,
     SessionFacts,
     SessionKind,
     SessionStatus,
     decide,
 )
 from tests.guardrails.promises import (
+    ALL_FLAGS,
     APPOINTMENT,
     CALLERS,
     DOCTOR,
@@ -49,12 +56,12 @@ def test_the_table_of_promises_names_every_operation() -> None:
 @pytest.mark.parametrize("subject", SUBJECTS)
 @pytest.mark.parametrize("operation", PROMISES)
 def test_every_decision_is_the_promised_one(operation: str, subject: str) -> None:
-    surprises = [
+    surprises = (
         f"{case}: promised {promised(case)}, decided {decided(case)}"
         for case in cases(operation, subject)
         if decided(case) != promised(case)
-    ]
-    assert not surprises, "\n".join([f"{len(surprises)} surprises", *surprises[:5]])
+    )
+    assert not (first := list(islice(surprises, 5))), "\n".join(first)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
@@ -96,21 +103,34 @@ def test_a_client_that_must_use_the_session_is_told_which() -> None:
         assert verdict.details == {"appointment_id": 12, "session_id": 7, "session_context": context}
 
 
-@pytest.mark.parametrize(
-    ("due_in", "parked", "retry_after"),
-    [
-        (90.0, False, 90),
-        (89.01, False, 90),
-        (1.5, False, 2),
-        (1.0, False, 1),
-        (0.2, False, 1),
-        (0.0, False, 1),
-        (-0.5, False, 1),
-        (-86_400.0, False, 1),
-        (90.0, True, 3600),
-        (-60.0, True, 3600),
-    ],
-)
+@pytest.mark.parametrize("flags", ALL_FLAGS)
+def test_billing_by_appointment_hangs_on_the_flag_of_billing(flags: Flags) -> None:
+    class Bill(Operation, name="bill", family=Family.BILLING, by_appointment=True): ...
+
+    del OPERATIONS["bill"]
+    case = Case("send_message", "appointment", "the patient", True, ("active", False), ("IN_PROGRESS", False), flags)
+    verdict = decide(replace(case.claim(), operation=Bill), case.facts(), flags)
+    assert verdict.flag is Flag.ENFORCE_SESSION_GATED_BILLING
+    enforced = flags.enforce_session_gated_billing
+    assert (verdict.refusal if enforced else verdict.shadow) is Reason.SESSION_BILLING_REQUIRED
+    assert (verdict.shadow if enforced else verdict.refusal) is None
+
+
+WAITING = [
+    (90.0, False, 90),
+    (89.01, False, 90),
+    (1.5, False, 2),
+    (1.0, False, 1),
+    (0.2, False, 1),
+    (0.0, False, 1),
+    (-0.5, False, 1),
+    (-86_400.0, False, 1),
+    (90.0, True, 3600),
+    (-60.0, True, 3600),
+]
+
+
+@pytest.mark.parametrize(("due_in", "parked", "retry_after"), WAITING)
 def test_a_client_that_must_wait_is_told_how_long(due_in: float, parked: bool, retry_after: int) -> None:
     appointment = AppointmentFacts(APPOINTMENT, "CONFIRMED", PATIENT, DOCTOR, due_in=due_in, parked=parked)
     claim = Claim(OPERATIONS["send_message"], CALLERS["the patient"], AppointmentRef(APPOINTMENT))
