@@ -54,6 +54,9 @@ create_user               403     403      201      403     403     403      403
 change_user               403     403      200      403     403     403      403     403      404     403
 create_subscription       403     403      201      403     403     403      403     403      422     403
 get_conversions           403     403      200      403     403     403      403     403      200     403
+get_rollout               403     403      200      403     403     403      403     403      200     403
+list_decisions            403     403      200      403     403     403      403     403      200     403
+list_audit_log            403     403      200      403     403     403      403     403      200     403
 """
 EVERYBODY: Final = (
     *("patient", "doctor", "operator"),

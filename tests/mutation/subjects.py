@@ -3,6 +3,7 @@
 from typing import Final, TypeAlias
 
 from tests.mutation.mutants import (
+    ROOT,
     Mutant,
     checks_removed,
     mutants_of,
@@ -106,8 +107,9 @@ POLICIES: Final = mutants_of(
 PERMISSIONS: Final = mutants_of("libs/guardrails/permissions.py", {"ROLES"}, roles_widened)
 ROUTES: Final = [
     mutant
-    for room in ("people", "appointments", "sessions", "chat", "notifications", "admin")
-    for mutant in unguarded_routes(f"services/api/{room}/routes.py")
+    for path in sorted((ROOT / "services/api").rglob("*.py"))
+    if "router = guarded_router(" in path.read_text()
+    for mutant in unguarded_routes(str(path.relative_to(ROOT)))
 ]
 
 GUARDS: Final[list[tuple[Mutant, Selection]]] = [
