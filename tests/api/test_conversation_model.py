@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from libs.guardrails import Principal
-from tests.api.conversation import RESPONSE_MINUTES, Answer, Conversation
+from tests.api.conversation import Answer, Conversation
 from tests.clinic import Clinic
 from tests.clock import Clock
 from tests.conftest import MakeApi
@@ -21,15 +21,18 @@ from tests.running import Api
 
 T = TypeVar("T")
 
-PARTIES = st.sampled_from(["patient", "doctor"])
-ANYBODY = st.sampled_from(["patient", "doctor", "patient", "doctor", "operator", "stranger"])
+# What makes a conversation go on is likelier than what is refused.
+CALLERS = st.sampled_from([*["patient", "doctor"] * 5, "operator", "stranger"])
 SPELLINGS = st.sampled_from(["session", "legacy", "appointment"])
-FEW_IDS = st.sampled_from("abcdefgh")
+MESSAGE_IDS = st.sampled_from([*[None] * 6, "a", "b"])
+"""None for one that was not used before."""
 BODIES = st.sampled_from(["Good morning", "Yes"])
 EMOJIS = st.sampled_from(["👍", "❤️"])
-NUMBERS = st.integers(1, 7)
-POSITIONS = st.integers(0, 9)
+LIMITS = st.integers(1, 5)
+NUMBERS = st.integers(0, 99)
+"""Of a message, counted round and round from the one that is not there yet."""
 ENDS = st.sampled_from(["after", "before", None])
+MINUTES = st.sampled_from([1, 2, 5, 30])
 NOBODYS = 2**63 - 1
 
 
@@ -52,8 +55,8 @@ class Talk(RuleBasedStateMachine):
 
     world: ClassVar[World]
 
-    @initialize()
-    def book(self) -> None:
+    @initialize(started=st.sampled_from([True, True, False]), said=st.integers(0, 3))
+    def book(self, started: bool, said: int) -> None:
         clinic, run = self.world.clinic, self.world.run
         self.model = Conversation()
         self.people = {
@@ -66,6 +69,11 @@ class Talk(RuleBasedStateMachine):
         self.appointment_id = run(clinic.appointment(self.people["doctor"], self.people["patient"]))
         self.session_id: int | None = None
         self.message_ids: list[int] = []
+        self.asked = 0
+        if started:
+            self.start()
+        for _ in range(said):
+            self.send("patient", "appointment", None, "Good evening")
 
     def ask(self, caller: str, method: str, path: str, **request: Any) -> Response:
         return self.world.run(self.world.api.as_(self.people[caller]).request(method, path, **request))
@@ -112,16 +120,23 @@ class Talk(RuleBasedStateMachine):
     def id_of(self, seq: int) -> int:
         return self.message_ids[seq - 1] if seq <= len(self.message_ids) else NOBODYS
 
-    @rule(caller=ANYBODY, by=SPELLINGS, message_id=FEW_IDS, body=BODIES)
-    def send(self, caller: str, by: str, message_id: str, body: str) -> None:
-        new = {"client_message_id": message_id, "body": body}
-        expected = self.model.send(caller, self.way(by), message_id, body)
+    def seq(self, number: int) -> int:
+        return len(self.message_ids) + 1 - number % (len(self.message_ids) + 1)
+
+    def fresh_id(self) -> str:
+        self.asked += 1
+        return str(self.asked)
+
+    @rule(caller=CALLERS, by=SPELLINGS, message_id=MESSAGE_IDS, body=BODIES)
+    def send(self, caller: str, by: str, message_id: str | None, body: str) -> None:
+        new = {"client_message_id": message_id or self.fresh_id(), "body": body}
+        expected = self.model.send(caller, self.way(by), new["client_message_id"], body)
         self.check(self.chat(caller, by, "POST", "/messages", json=new), expected)
 
-    @rule(caller=ANYBODY, by=SPELLINGS, message_id=FEW_IDS, body=BODIES, seq=NUMBERS)
-    def reply(self, caller: str, by: str, message_id: str, body: str, seq: int) -> None:
-        new = {"client_message_id": message_id, "body": body}
-        expected = self.model.send(caller, self.way(by), message_id, body, seq)
+    @rule(caller=CALLERS, by=SPELLINGS, message_id=MESSAGE_IDS, body=BODIES, number=NUMBERS)
+    def reply(self, caller: str, by: str, message_id: str | None, body: str, number: int) -> None:
+        new, seq = {"client_message_id": message_id or self.fresh_id(), "body": body}, self.seq(number)
+        expected = self.model.send(caller, self.way(by), new["client_message_id"], body, seq)
         self.check(self.chat(caller, by, "POST", f"/messages/{self.id_of(seq)}/replies", json=new), expected)
 
     @precondition(lambda self: self.model.messages)
@@ -134,26 +149,27 @@ class Talk(RuleBasedStateMachine):
         path = f"/messages/{self.id_of(original)}/replies" if original else "/messages"
         self.check(self.chat(stored.sender, by, "POST", path, json=new), expected)
 
-    @rule(caller=ANYBODY, by=SPELLINGS, seq=NUMBERS, emoji=EMOJIS, on=st.booleans())
-    def react(self, caller: str, by: str, seq: int, emoji: str, on: bool) -> None:
+    @rule(caller=CALLERS, by=SPELLINGS, number=NUMBERS, emoji=EMOJIS, on=st.booleans())
+    def react(self, caller: str, by: str, number: int, emoji: str, on: bool) -> None:
+        seq = self.seq(number)
         expected = self.model.react(caller, self.way(by), seq, emoji, on=on)
         path = f"/messages/{self.id_of(seq)}/reactions/{emoji}"
         self.check(self.chat(caller, by, "PUT" if on else "DELETE", path), expected)
 
-    @rule(caller=ANYBODY, by=SPELLINGS, on=st.booleans())
+    @rule(caller=CALLERS, by=SPELLINGS, on=st.booleans())
     def type(self, caller: str, by: str, on: bool) -> None:
         expected = self.model.type(caller, self.way(by))
         self.check(self.chat(caller, by, "PUT" if on else "DELETE", "/typing"), expected)
 
-    @rule(caller=ANYBODY, by=SPELLINGS, seq=POSITIONS)
-    def read(self, caller: str, by: str, seq: int) -> None:
+    @rule(caller=CALLERS, by=SPELLINGS, number=NUMBERS)
+    def read(self, caller: str, by: str, number: int) -> None:
+        seq = self.seq(number)
         expected = self.model.read(caller, self.way(by), seq)
         self.check(self.chat(caller, by, "PUT", "/read", json={"seq": seq}), expected)
 
-    @rule(
-        caller=ANYBODY, by=SPELLINGS, limit=NUMBERS, seq=st.integers(0, 9), end=st.sampled_from(["after", "before", ""])
-    )
-    def page(self, caller: str, by: str, limit: int, seq: int, end: str) -> None:
+    @rule(caller=CALLERS, by=SPELLINGS, limit=LIMITS, number=NUMBERS, end=ENDS)
+    def page(self, caller: str, by: str, limit: int, number: int, end: str | None) -> None:
+        seq = self.seq(number)
         expected = self.model.page(caller, self.way(by), limit, **({end: seq} if end else {}))
         query = {"limit": limit} | ({f"{end}_seq": seq} if end else {})
         self.check(self.chat(caller, by, "GET", "/messages", params=query), expected)
@@ -167,13 +183,13 @@ class Talk(RuleBasedStateMachine):
         assert self.session_id
         self.model.start()
 
-    @rule()
-    def pass_time(self) -> None:
-        self.world.run(self.world.clock.advance(timedelta(minutes=RESPONSE_MINUTES)))
-        self.model.pass_time(RESPONSE_MINUTES)
+    @rule(minutes=MINUTES)
+    def pass_time(self, minutes: int) -> None:
+        self.world.run(self.world.clock.advance(timedelta(minutes=minutes)))
+        self.model.pass_time(minutes)
 
-    @precondition(lambda self: self.session_id and len(self.message_ids) > 3)
-    @rule(caller=ANYBODY)
+    @precondition(lambda self: self.session_id and len(self.message_ids) > 5)
+    @rule(caller=CALLERS)
     def end(self, caller: str) -> None:
         self.check(self.ask(caller, "POST", f"/sessions/text_session:{self.session_id}/end"), self.model.end(caller))
 
@@ -202,8 +218,8 @@ def test_a_conversation_is_what_the_model_says(request: pytest.FixtureRequest, w
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=400 if full else 25,
-            stateful_step_count=60 if full else 40,
+            max_examples=400 if full else 40,
+            stateful_step_count=50,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
