@@ -161,11 +161,11 @@ class Talk(RuleBasedStateMachine):
         expected = self.model.type(caller, self.way(by))
         self.check(self.chat(caller, by, "PUT" if on else "DELETE", "/typing"), expected)
 
-    @rule(caller=CALLERS, by=SPELLINGS, number=NUMBERS)
-    def read(self, caller: str, by: str, number: int) -> None:
-        seq = self.seq(number)
-        expected = self.model.read(caller, self.way(by), seq)
-        self.check(self.chat(caller, by, "PUT", "/read", json={"seq": seq}), expected)
+    @rule(caller=CALLERS, by=SPELLINGS, numbers=st.lists(NUMBERS, min_size=1, max_size=3))
+    def read(self, caller: str, by: str, numbers: list[int]) -> None:
+        for seq in map(self.seq, numbers):
+            expected = self.model.read(caller, self.way(by), seq)
+            self.check(self.chat(caller, by, "PUT", "/read", json={"seq": seq}), expected)
 
     @rule(caller=CALLERS, by=SPELLINGS, limit=LIMITS, number=NUMBERS, end=ENDS)
     def page(self, caller: str, by: str, limit: int, number: int, end: str | None) -> None:
