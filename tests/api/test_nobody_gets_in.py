@@ -5,18 +5,22 @@ part in it; everybody else of the tenant is another, and everybody of another te
 """
 
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final, get_args
 
 import jwt
 import pytest
+from fastapi.routing import iter_route_contexts
 from httpx2 import Response
 
 from libs.guardrails import Principal, Role
+from services.api.realtime.frames import ClientFrame
+from services.api.realtime.rooms import Rooms
 from tests.api.calls import Call, Owner, calls_of, rows
 from tests.api.expect import problem
 from tests.clinic import Clinic
 from tests.conftest import MakeApi
 from tests.running import SECRET, Api, token_of
+from tests.sockets import following, opened
 
 # `own` is a list of what the caller takes part in, and of nothing else.
 EXPECTED: Final = """
@@ -50,10 +54,15 @@ start_typing              204     204      403      404     404     404      404
 stop_typing               204     204      403      404     404     404      404     404      404     404
 mark_as_read              200     200      403      404     404     404      404     404      404     404
 
+create_socket_ticket      201     201      403      404     404     403      404     404      403     403
+follow_conversation       101     101      403      404     404     404      404     404      404     404
+
 create_user               403     403      201      403     403     403      403     403      201     403
 change_user               403     403      200      403     403     403      403     403      404     403
 create_subscription       403     403      201      403     403     403      403     403      422     403
 get_conversions           403     403      200      403     403     403      403     403      200     403
+list_flags                403     403      200      403     403     403      403     403      200     403
+set_flag                  403     403      200      403     403     403      403     403      200     403
 get_rollout               403     403      200      403     403     403      403     403      200     403
 list_decisions            403     403      200      403     403     403      403     403      200     403
 list_audit_log            403     403      200      403     403     403      403     403      200     403
@@ -81,8 +90,12 @@ OWN: Final = {
 }
 """What a list shows to a caller."""
 
-# What tells somebody without a right that there is nothing, by what the path names.
-NOT_FOUND: Final = {"context": "SESSION_NOT_FOUND", "appointment_id": "APPOINTMENT_NOT_FOUND", "user_id": "NOT_FOUND"}
+
+def not_found(names: dict[str, Any]) -> str:
+    """What tells somebody without a right that there is nothing, by what the request names."""
+    if "user_id" in names:
+        return "NOT_FOUND"
+    return "SESSION_NOT_FOUND" if ":" in names.get("context", "") else "APPOINTMENT_NOT_FOUND"
 
 
 async def bystanders(clinic: Clinic) -> dict[str, Principal]:
@@ -102,37 +115,46 @@ async def bystanders(clinic: Clinic) -> dict[str, Principal]:
 
 async def parties(clinic: Clinic, call: Call) -> dict[str, Principal]:
     """The patient and the doctor of the thing; of nothing in particular, some pair that has something."""
-    _, colon, session_id = call.values.get("context", "").partition(":")
-    appointment_id = call.values.get("appointment_id") or call.values.get("context")
+    appointment_id = named(call).get("appointment_id")
+    kind, _, session_id = named(call).get("context", "").rpartition(":")
+    if not kind:
+        appointment_id, session_id = session_id or appointment_id, ""
     ids = await clinic.fetchrow(
         """
         SELECT patient_id, doctor_id FROM appointments
         WHERE id = coalesce($1, (SELECT appointment_id FROM sessions WHERE id = $2), (SELECT min(id) FROM appointments))
         """,
-        int(appointment_id) if appointment_id and not colon else None,
-        int(session_id) if colon else None,
+        int(appointment_id) if appointment_id else None,
+        int(session_id) if session_id else None,
     )
-    named = call.body if "patient_id" in call.body else ids
     return {
-        "patient": Principal(named["patient_id"], clinic.tenant_id, Role.PATIENT),
-        "doctor": Principal(named.get("doctor_id") or ids["doctor_id"], clinic.tenant_id, Role.DOCTOR),
+        role.value: Principal(call.body.get(f"{role}_id", ids[f"{role}_id"]), clinic.tenant_id, role)
+        for role in (Role.PATIENT, Role.DOCTOR)
     }
 
 
+def named(call: Call) -> dict[str, Any]:
+    """What the call names, in its path or in its body."""
+    return call.values | call.body
+
+
 async def every_call(api: Api, clinic: Clinic) -> list[Call]:
-    """A good request for every operation; for those of chat another one by appointment id."""
+    """A good request for every operation; for those that take an appointment id in its place another one with it."""
     calls = await calls_of(api, clinic)
-    chat = [call for call in calls if call.template.startswith("/api/v1/chat/{context}")]
     sessions = await clinic.fetch("SELECT id, appointment_id FROM sessions")
     appointments = {f"text_session:{session['id']}": str(session["appointment_id"]) for session in sessions}
-    return calls + [by_appointment(call, appointments[call.values["context"]]) for call in chat]
+    chat = [call for call in calls if "/chat/" in call.template or "context" in call.body]
+    return [by_appointment(call, appointments[named(call)["context"]]) for call in chat] + calls
 
 
 def by_appointment(call: Call, appointment_id: str) -> Call:
-    body = dict(call.body)
+    values, body = dict(call.values), dict(call.body)
+    for names in (values, body):
+        if "context" in names:
+            names["context"] = appointment_id
     if "client_message_id" in body:
         body["client_message_id"] += " by appointment"
-    return replace(call, values=call.values | {"context": appointment_id}, body=body)
+    return replace(call, values=values, body=body)
 
 
 def name_of(call: Call) -> str:
@@ -151,10 +173,7 @@ async def check(clinic: Clinic, call: Call, caller: Principal, answer: str, resp
         case "403":
             problem(response, 403, "ROLE_NOT_ALLOWED")
         case "404":
-            (named,) = NOT_FOUND.keys() & call.values.keys()
-            if named == "context" and call.values["context"].isdigit():
-                named = "appointment_id"
-            problem(response, 404, NOT_FOUND[named])
+            problem(response, 404, not_found(named(call)))
         case "422":
             problem(response, 422, "VALIDATION_FAILED")
         case _:
@@ -167,14 +186,15 @@ async def lenient_api(make_api: MakeApi) -> Api:
     return await make_api(ALLOW_LEGACY_APPOINTMENT_CHAT=True)
 
 
-def test_every_operation_has_a_row(lenient_api: Api) -> None:
+def test_every_operation_and_every_socket_has_a_row(lenient_api: Api) -> None:
     described = {
         operation["operationId"]
         for path, methods in lenient_api.app.openapi()["paths"].items()
         if path.startswith("/api/v1/")
         for operation in methods.values()
     }
-    assert ANSWERS.keys() == described
+    sockets = {route.name for route in iter_route_contexts(lenient_api.app.routes) if not route.methods}
+    assert ANSWERS.keys() == described | sockets
 
 
 async def test_whoever_has_no_right_is_refused_and_leaves_no_trace(
@@ -189,6 +209,67 @@ async def test_whoever_has_no_right_is_refused_and_leaves_no_trace(
                 response = await call.send(lenient_api, caller=caller)
                 await check(clinic, call, caller, answer, response)
     assert await rows(owner) == before
+
+
+async def test_whoever_may_follow_a_conversation_is_welcome_and_nobody_else(
+    lenient_api: Api, clinic: Clinic, owner: Owner
+) -> None:
+    live, others = await clinic.session(), await bystanders(clinic)
+    everybody = others | {"patient": live.patient, "doctor": live.doctor}
+    before = await rows(owner)
+    for who, answer in ANSWERS["follow_conversation"].items():
+        for context in (live.context, str(live.appointment_id)):
+            async with opened(lenient_api, everybody[who], context) as socket:
+                first = await socket.receive()
+                if answer == "101":
+                    assert first["type"] == "welcome"
+                    continue
+                code = "ROLE_NOT_ALLOWED" if answer == "403" else not_found({"context": context})
+                assert (first["type"], first["code"], str(first["status"])) == ("refused", code, answer)
+                assert await socket.close_code() == 4000 + int(answer)
+    assert await rows(owner) == before
+
+
+# How a frame is refused once its sender, who follows the conversation, is not active any more; and once the session
+# is over.
+FRAMES: Final[dict[str, tuple[dict[str, Any], str | None, str | None]]] = {
+    "hello": ({"after_seq": 0}, "VALIDATION_FAILED", "VALIDATION_FAILED"),  # said once, at the beginning
+    "message": ({"client_message_id": "1", "body": "Hello"}, "UNAUTHENTICATED", "SESSION_NOT_ACTIVE"),
+    "reply": ({"client_message_id": "1", "body": "Yes", "message_id": 1}, "UNAUTHENTICATED", "SESSION_NOT_ACTIVE"),
+    "reaction": ({"message_id": 1, "emoji": "!", "on": True}, "UNAUTHENTICATED", "SESSION_NOT_ACTIVE"),
+    "typing": ({"on": True}, "UNAUTHENTICATED", "SESSION_NOT_ACTIVE"),
+    "read": ({"seq": 1}, "UNAUTHENTICATED", None),
+    "ping": ({}, None, None),
+}
+
+
+def test_every_frame_has_a_row() -> None:
+    assert FRAMES.keys() == {get_args(frame.model_fields["type"].annotation)[0] for frame in get_args(ClientFrame)}
+
+
+DEACTIVATED: Final = "UPDATE users SET active = false WHERE id = $1"
+OVER: Final = "UPDATE sessions SET status = 'ended', ended_at = clock(), ended_seq = 1 WHERE patient_id = $1"
+
+
+@pytest.mark.parametrize("type_", FRAMES)
+async def test_following_a_conversation_is_no_right_to_act_in_it_later(
+    api: Api, clinic: Clinic, owner: Owner, monkeypatch: pytest.MonkeyPatch, type_: str
+) -> None:
+    async def looks_away(*_: object) -> None: ...
+
+    monkeypatch.setattr(Rooms, "_look_after", looks_away)  # or the socket may be closed before the frame comes
+    frame, *answers = FRAMES[type_]
+    for change, answer in zip((DEACTIVATED, OVER), answers, strict=True):
+        live = await clinic.session()
+        await clinic.message(live)
+        async with following(api, live.patient, live.context) as socket:
+            await clinic.fetch(change, live.patient.user_id)
+            before = await rows(owner)
+            await socket.send(type=type_, **frame)
+            await socket.send(type="ping")
+            answered = await socket.next("refused", "pong")
+        assert answered.get("code") == answer
+        assert (await rows(owner) == before) == (answer is not None or type_ == "ping")
 
 
 @pytest.mark.parametrize("who", EVERYBODY)
