@@ -17,7 +17,7 @@ Selection: TypeAlias = tuple[str, ...]
 
 _PURE: Final = ("tests/guardrails/test_decisions.py",)
 _MATRIX: Final = ("tests/api/test_nobody_gets_in.py",)
-_STRANGERS: Final = (*_MATRIX, "tests/architecture/test_strangers.py")
+_STRANGERS: Final = ("tests/architecture/test_strangers.py", *_MATRIX, "tests/api/test_identity.py")
 _CHAT: Final = (
     *_MATRIX,
     "tests/architecture/test_strangers.py",
@@ -25,6 +25,8 @@ _CHAT: Final = (
 )
 
 _WITHOUT_USER: Final = "LEFT JOIN participants p ON p.conversation_id = c.id"
+
+_SOCKET_TESTS: Final = (*(f"tests/api/test_socket_{part}.py" for part in ("handshake", "bounds")), *_MATRIX)
 
 SEND_STATEMENT: Final = replaced(
     "libs/domain/chat/send_statement.py",
@@ -87,13 +89,33 @@ OTHER_STATEMENTS: Final = [
 
 CHECKS: Final = [
     *mutants_of("libs/guardrails/guard.py", {"open"}, checks_removed),
-    *mutants_of(
+    *mutants_of("services/api/guards.py", {"_claim", "permitted", "_require_active"}, checks_removed),
+    *replaced(
         "services/api/guards.py",
-        {"_claim", "permitted", "guarded", "_require_active"},
-        checks_removed,
+        {
+            "if not statement_decides:": "if False:",
+            "if statement_decides and _came_before_the_statement(error):": "if False:",
+        },
     ),
-    *mutants_of("services/api/identity.py", {"authenticate", "_principal"}, checks_removed),
-    *mutants_of("libs/domain/appointments/appointments.py", {"find"}, checks_removed),
+    *replaced(
+        "services/api/identity.py",
+        {
+            'if scheme.lower() != "bearer" or not token:': "if False:",
+            " or verified.key is not key": "",
+            " or verified.until <= time.time()": "",
+        },
+    ),
+    *mutants_of("services/api/identity.py", {"_principal"}, checks_removed),
+    *replaced("libs/domain/appointments/appointments.py", {"if not caller.may(permission):": "if False:"}),
+]
+
+SOCKETS: Final = [
+    *mutants_of("services/api/realtime/handshake.py", {"admit", "_authenticate"}, checks_removed),
+    *mutants_of("services/api/realtime/socket.py", {"_open"}, checks_removed),
+    *replaced(
+        "services/api/guards.py",
+        {"await _require_active(websocket, websocket.app.state.identity, principal)": "pass"},
+    ),
 ]
 
 POLICIES: Final = mutants_of(
@@ -116,6 +138,7 @@ GUARDS: Final[list[tuple[Mutant, Selection]]] = [
     *((mutant, _CHAT) for mutant in SEND_STATEMENT),
     *((mutant, _CHAT) for mutant in OTHER_STATEMENTS),
     *((mutant, _STRANGERS) for mutant in CHECKS),
+    *((mutant, _SOCKET_TESTS) for mutant in SOCKETS),
     *((mutant, _PURE) for mutant in POLICIES),
     *((mutant, _MATRIX) for mutant in (*PERMISSIONS, *ROUTES)),
 ]
