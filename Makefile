@@ -47,8 +47,8 @@ bench: $(VENV)/.dev ## Measure and print tables; ONLY=name for one of them
 load: $(VENV)/.dev ## A minute of mixed load on an `up` of its own, beside its budgets; ARGS=seconds
 	$(BIN)/python -m tests.load $(ARGS)
 
-storm: $(VENV)/.dev ## The long storms: kills, lost connections and broken rows under load
-	$(BIN)/pytest tests/storms --storm=full -rP
+storm: $(VENV)/.dev ## The long tests: kills and lost connections under load, guards removed, long conversations
+	$(BIN)/pytest tests/storms tests/mutation tests/api/test_conversation_model.py --storm=full -rP
 
 lock: $(VENV)/.dev ## Bring the locks up to date with requirements/*.in
 	cd requirements && for lock in run dev; do \

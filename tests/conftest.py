@@ -21,7 +21,12 @@ _numbers = count(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--storm", choices=("short", "full"), default="short", help="How long the storms rage.")
+    parser.addoption(
+        "--storm",
+        choices=("short", "full"),
+        default="short",
+        help="How long the storms rage, and all other tests that may take long.",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -87,9 +87,10 @@ def create_app(
     for room in ROOMS:
         app.include_router(room, prefix=BASE)
     errors.install(app, runtime.metrics)
-    app.add_middleware(BoundedBody, limit=settings.request_body_limit, seconds=settings.request_deadline_seconds)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(HttpTelemetry, metrics=runtime.metrics, route_of=RouteTemplates(app), quiet=public.PROBES)
+    # Around the telemetry: lingering is not latency.
+    app.add_middleware(BoundedBody, limit=settings.request_body_limit, seconds=settings.request_deadline_seconds)
     FastAPIInstrumentor.instrument_app(
         app,
         tracer_provider=tracer_provider(),

@@ -6,12 +6,17 @@ from typing import Final
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+LINGER_SECONDS: Final = 0.5
+"""How long a client that is still sending has to notice the answer. It would not find it on a connection that
+was closed while it sent."""
+
 
 class BoundedBody:
     """Bounds what a request body may cost: bytes, and seconds until all of it has arrived.
 
     Nothing is read here: whoever reads the body (after the caller is known) meets the bound as a 413 or
-    408. The deadline holds for receiving alone and never cancels a handler at work.
+    408. The deadline holds for receiving alone and never cancels a handler at work. Where the answer comes before
+    the end of a body that may be longer than the bound, the rest is not read: the connection is closed.
     """
 
     def __init__(self, app: ASGIApp, *, limit: int, seconds: float) -> None:
@@ -26,7 +31,10 @@ class BoundedBody:
         received = 0
         complete = False
         deadline = asyncio.get_running_loop().time() + self._seconds
-        announced = next((int(v) for k, v in scope["headers"] if k == b"content-length" and v.isdigit()), 0)
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"")
+        announced = int(length) if length.isdigit() else 0
+        endless = announced > self._limit or b"transfer-encoding" in headers
 
         async def bounded() -> Message:
             nonlocal received, complete
@@ -45,7 +53,19 @@ class BoundedBody:
             complete = not message.get("more_body", False)
             return message
 
-        await self._app(scope, bounded, send)
+        async def hanging_up(message: Message) -> None:
+            if complete or not endless:
+                await send(message)
+            elif message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+                await send(message)
+            else:
+                await send({**message, "more_body": True})
+                if not message.get("more_body", False):
+                    await asyncio.sleep(LINGER_SECONDS)
+                    await send({"type": "http.response.body"})
+
+        await self._app(scope, bounded, hanging_up)
 
 
 class SecurityHeaders:

@@ -48,10 +48,13 @@ class Call:
             if parameter["in"] == where:
                 yield parameter["name"], parameter["schema"]
 
-    async def send(self, api: Api, path: str | None = None, **request: Any) -> Response:
+    async def send(
+        self, api: Api, path: str | None = None, *, caller: Principal | None = None, **request: Any
+    ) -> Response:
+        """Sends it, or what is given instead of a part of it."""
         if not request and self.body:
             request = {"json": self.body}
-        token = {"Authorization": f"Bearer {token_of(self.caller)}"}
+        token = {"Authorization": f"Bearer {token_of(caller or self.caller)}"}
         headers = token | request.pop("headers", {})
         return await api.anonymous.request(self.method, path or self.path(), headers=headers, **request)
 

@@ -1,6 +1,7 @@
 """What the API answers to somebody without a token: 401 everywhere, but for the list in `public.py`."""
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -114,6 +115,25 @@ async def test_strangers_get_401_although_their_body_never_arrives(api: Api) -> 
     async with asyncio.timeout(5):
         assert (await reader.readline()).startswith(b"HTTP/1.1 401")
     writer.close()
+
+
+@pytest.mark.parametrize(
+    "length", ["Content-Length: 200000000\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\nfffffff\r\n"]
+)
+async def test_the_200_megabytes_of_a_stranger_are_not_read(api: Api, length: str) -> None:
+    host, port = api.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"POST /api/v1/appointments HTTP/1.1\r\nHost: test\r\n{length}".encode())
+    async with asyncio.timeout(5):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 401")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 200_000_000:
+                writer.write(b" " * 100_000)
+                await writer.drain()
+                sent += 100_000
+    writer.close()
+    assert sent < 20_000_000, "No more than the buffers in between hold."
 
 
 async def test_strangers_do_not_learn_which_identifiers_are_readable(api: Api) -> None:
