@@ -100,6 +100,9 @@ class Conversation:
     def type(self, caller: str, by: str) -> Answer:
         return self.refusal(caller, by) or (204, None)
 
+    def follow(self, caller: str, by: str, after: int) -> Answer:
+        return self.refusal(caller, by) or (101, [message.shown() for message in self.messages[after:]])
+
     def read(self, caller: str, by: str, seq: int) -> Answer:
         if refused := self.refusal(caller, by, live=False):
             return refused

@@ -232,6 +232,8 @@ async def test_refusals_come_in_the_promised_order(api: Api, clinic: Clinic) -> 
     )
     problem(await patient.post("/chat/nonsense/messages", content=b"x", headers=json), 400, "VALIDATION_FAILED")
     problem(await patient.post("/chat/nonsense/messages", json={}), 400, "SESSION_CONTEXT_INVALID")
+    by_appointment = f"/sessions/{live.appointment_id}/end"
+    problem(await patient.post(by_appointment, json={"reason": 7}), 400, "SESSION_CONTEXT_INVALID")
     problem(await stranger.post(sound, json={}), 422, "VALIDATION_FAILED")
     problem(await send(api, clinic.operator, live.appointment_id), 403, "ROLE_NOT_ALLOWED")
     found(await patient.post(f"/sessions/{live.context}/end"))

@@ -18,6 +18,7 @@ from tests.clinic import Clinic
 from tests.clock import Clock
 from tests.conftest import MakeApi
 from tests.running import Api
+from tests.sockets import opened
 
 T = TypeVar("T")
 
@@ -79,9 +80,11 @@ class Talk(RuleBasedStateMachine):
         return self.world.run(self.world.api.as_(self.people[caller]).request(method, path, **request))
 
     def chat(self, caller: str, by: str, method: str, path: str, **request: Any) -> Response:
+        return self.ask(caller, method, f"/chat/{self.identifier(by)}{path}", **request)
+
+    def identifier(self, by: str) -> object:
         spelled = {"session": f"text_session:{self.session_id}", "legacy": f"text_session_{self.session_id}"}
-        identifier = spelled.get(self.way(by), self.appointment_id)
-        return self.ask(caller, method, f"/chat/{identifier}{path}", **request)
+        return spelled.get(self.way(by), self.appointment_id)
 
     def way(self, by: str) -> str:
         """There is no session to address before it has started."""
@@ -173,6 +176,20 @@ class Talk(RuleBasedStateMachine):
         expected = self.model.page(caller, self.way(by), limit, **({end: seq} if end else {}))
         query = {"limit": limit} | ({f"{end}_seq": seq} if end else {})
         self.check(self.chat(caller, by, "GET", "/messages", params=query), expected)
+
+    @rule(caller=CALLERS, by=SPELLINGS, number=NUMBERS)
+    def reconnect(self, caller: str, by: str, number: int) -> None:
+        seq = self.seq(number) - 1
+
+        async def missed() -> Answer:
+            async with opened(self.world.api, self.people[caller], self.identifier(by)) as socket:
+                await socket.send(type="hello", after_seq=seq)
+                last = await socket.next("caught_up", "refused")
+            if last["type"] == "refused":
+                return last["status"], last["code"]
+            return 101, [self.shown(frame["message"]) for frame in socket.of("message")]
+
+        assert self.world.run(missed()) == self.model.follow(caller, self.way(by), seq)
 
     @precondition(lambda self: not self.session_id)
     @rule()

@@ -17,7 +17,13 @@ Selection: TypeAlias = tuple[str, ...]
 
 _PURE: Final = ("tests/guardrails/test_decisions.py",)
 _MATRIX: Final = ("tests/api/test_nobody_gets_in.py",)
-_STRANGERS: Final = ("tests/architecture/test_strangers.py", *_MATRIX, "tests/api/test_identity.py")
+_STRANGERS: Final = (
+    "tests/architecture/test_strangers.py",
+    *_MATRIX,
+    "tests/api/test_identity.py",
+    "tests/api/test_chat_matrix.py::test_refusals_come_in_the_promised_order",
+)
+_PERMISSIONS: Final = (*_MATRIX, "tests/guardrails/test_reasons_and_permissions.py")
 _CHAT: Final = (
     *_MATRIX,
     "tests/architecture/test_strangers.py",
@@ -140,5 +146,6 @@ GUARDS: Final[list[tuple[Mutant, Selection]]] = [
     *((mutant, _STRANGERS) for mutant in CHECKS),
     *((mutant, _SOCKET_TESTS) for mutant in SOCKETS),
     *((mutant, _PURE) for mutant in POLICIES),
-    *((mutant, _MATRIX) for mutant in (*PERMISSIONS, *ROUTES)),
+    *((mutant, _PERMISSIONS) for mutant in PERMISSIONS),
+    *((mutant, _MATRIX) for mutant in ROUTES),
 ]

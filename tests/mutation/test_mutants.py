@@ -92,7 +92,7 @@ def goes_red(project: Path, mutant: Mutant, selection: tuple[str, ...]) -> bool:
     return ran.returncode == 1
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_no_guard_goes_unmissed(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     if request.config.getoption("--storm") != "full":
         pytest.skip("runs tests for every guard that it removes; `make storm` does")
