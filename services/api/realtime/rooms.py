@@ -125,14 +125,18 @@ class Room:
 
 def tell_messages(members: Sequence[Member], page: Iterable[Message]) -> int:
     """Tells the members what they do not know yet; answers how many frames that took."""
+    told = [(message.seq, frames.encode(frames.Message(message=MessageOut.of(message)))) for message in page]
+    bursts: dict[int, tuple[bytes, int]] = {}  # by what a member knows, which is nearly always the same for all
     sent = 0
-    for message in page:
-        frame = frames.encode(frames.Message(message=MessageOut.of(message)))
-        for member in members:
-            if member.seq < message.seq:
-                member.seq = message.seq
-                member.wire.write(frame)
-                sent += 1
+    for member in members:
+        if member.seq not in bursts:
+            unknown = [frame for seq, frame in told if seq > member.seq]
+            bursts[member.seq] = b"".join(unknown), len(unknown)
+        burst, number = bursts[member.seq]
+        if number:
+            member.wire.write(burst, number)
+            member.seq = told[-1][0]
+            sent += number
     return sent
 
 

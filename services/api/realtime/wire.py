@@ -39,7 +39,8 @@ class Wire(WebSocketsSansIOProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._queue: deque[bytes] = deque()
+        self._queue: deque[tuple[bytes, int]] = deque()
+        self._queued = 0
 
     async def run_asgi(self) -> None:
         extensions: dict[str, Any] = cast(Any, self.scope["extensions"])
@@ -51,15 +52,16 @@ class Wire(WebSocketsSansIOProtocol):
         """The connection under a websocket."""
         return cast(Wire, websocket.scope["extensions"][_EXTENSION])
 
-    def write(self, frame: bytes) -> None:
-        """Sends what `framed` made, now or once the client has read what came before. Never waits; what is
-        written after the end is lost."""
+    def write(self, frames: bytes, number: int = 1) -> None:
+        """Sends so many frames that `framed` made, now or once the client has read what came before. Never waits;
+        what is written after the end is lost."""
         if self._is_ending():
             return
         if self.writable.is_set():
-            self.transport.write(frame)
-        elif len(self._queue) < QUEUE_LIMIT:
-            self._queue.append(frame)
+            self.transport.write(frames)
+        elif self._queued + number <= QUEUE_LIMIT:
+            self._queue.append((frames, number))
+            self._queued += number
         else:
             self.too_slow = True
             self.end(TOO_SLOW)
@@ -73,7 +75,7 @@ class Wire(WebSocketsSansIOProtocol):
         """Closes after what is queued."""
         if self._is_ending():
             return
-        self.transport.writelines(self._queue)
+        self.transport.writelines([frames for frames, _ in self._queue])
         try:
             self.conn.send_close(code)
         except InvalidState:
@@ -90,7 +92,9 @@ class Wire(WebSocketsSansIOProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         while self._queue and self.writable.is_set():
-            self.transport.write(self._queue.popleft())
+            frames, number = self._queue.popleft()
+            self._queued -= number
+            self.transport.write(frames)
 
     def handle_close(self, event: Frame) -> None:
         if not self.close_sent and self.conn.close_rcvd is not None:
@@ -116,6 +120,7 @@ class Wire(WebSocketsSansIOProtocol):
         """Nobody waits any more for the client to read; answers the timer that cuts the connection."""
         self.closed_with = code
         self._queue.clear()
+        self._queued = 0
         self.writable.set()
         return self.loop.call_later(LEAVE_SECONDS, self.transport.abort)
 
