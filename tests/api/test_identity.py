@@ -28,6 +28,7 @@ from services.api.settings import ApiSettings
 from tests.api.expect import found, problem
 from tests.clinic import Clinic
 from tests.conftest import MakeApi
+from tests.processes import until
 from tests.running import SECRET, Api, token_of
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
@@ -321,6 +322,29 @@ async def test_withdrawn_keys_are_dropped_unless_the_provider_is_away(
         provider.status = 200
         assert not await enters(api, token)
         assert await enters(api, provider.token(clinic.operator, "ec"))
+
+
+async def test_a_token_that_has_signed_in_is_not_believed_once_its_key_is_another(
+    make_api: MakeApi, clinic: Clinic, provider: Provider
+) -> None:
+    with provider.serving() as address:
+        api = await make_api(jwt_jwks=address)
+        token = provider.token(clinic.operator, "rsa")
+        assert await enters(api, token)
+        provider.keys["rsa"] = rsa_key("another")
+        let_pass(api, 601)
+        assert not await enters(api, token)
+        assert await enters(api, provider.token(clinic.operator, "rsa"))
+
+
+async def test_a_token_that_has_signed_in_does_so_no_longer_than_it_is_good(api: Api, clinic: Clinic) -> None:
+    token = jwt.encode(claims_of(clinic.operator, exp=int(time.time()) - identity.LEEWAY_SECONDS + 3), SECRET)
+    assert await enters(api, token)
+
+    async def is_over() -> bool:
+        return not await enters(api, token)
+
+    await until(is_over, seconds=10)
 
 
 async def test_a_service_without_usable_keys_does_not_start(tmp_path: Path, provider: Provider) -> None:
