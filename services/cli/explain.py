@@ -6,7 +6,6 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from libs.domain.explain import Event, story
@@ -47,12 +46,17 @@ def explain(
 
 
 def _show(events: list[Event]) -> None:
-    table = Table("UTC", "what", "who", "why", box=None, pad_edge=False)
+    """One line for each, however long: a code that is cut off cannot be searched for."""
+    console = Console(soft_wrap=True, highlight=False)
     for event in events:
-        what, who, why = (Text(words) for words in _told(event))
-        what.stylize(_COLOURS.get(event.kind, ""))
-        table.add_row(f"{event.at:%Y-%m-%d %H:%M:%S.%f}"[:-3], what, who, why)
-    Console().print(table)
+        what, who, why = _told(event)
+        line = Text(f"{event.at:%Y-%m-%d %H:%M:%S.%f}"[:-3] + "  ")
+        line.append(what, _COLOURS.get(event.kind))
+        if who:
+            line.append(f" · {who}", "dim")
+        if why:
+            line.append(f" · {why}")
+        console.print(line)
 
 
 _COLOURS: Final = {"refused": "red", "conversion_failed": "red", "parked": "red", "warned": "yellow"}

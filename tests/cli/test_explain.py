@@ -119,7 +119,7 @@ async def test_for_a_person_there_is_a_line_for_each_event(api: Api, clinic: Cli
     appointment_id, context = await a_whole_story(api, clinic, clock)
     shown = run("explain", str(appointment_id))
     assert shown.returncode == 0
-    lines = shown.stdout.splitlines()[1:]
+    lines = shown.stdout.splitlines()
     assert len(lines) == len(told(run, "explain", str(appointment_id)))
     assert f"text appointment {appointment_id} booked for " in lines[0]
     (refused,) = [line for line in lines if "SESSION_CONTEXT_REQUIRED" in line]
