@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from sqlalchemy import select
 
 from libs.domain.flags import overrides
@@ -141,7 +141,7 @@ def history(
     if as_json:
         typer.echo(json.dumps([asdict(change) | {"at": change.at.isoformat()} for change in changes]))
         return
-    table = Table("when", "flag", "tenant", "what", "by", "before", "after")
+    table = Table("when", Column("flag", overflow="fold"), "tenant", "what", "by", "before", "after")
     for change in changes:
         by = "tripwire" if change.action == "flag_tripped" else "command line"
         table.add_row(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from libs.domain.decisions import rollout
 from libs.domain.settings import Settings
@@ -47,12 +47,13 @@ def _utc(moment: datetime) -> str:
 def _show(answer: rollout.Report) -> None:
     console = Console()
     console.print(f"Since {answer.since:%Y-%m-%d %H:%M:%S} UTC")
-    summary = Table("flag", "safe to enforce", "why")
+    summary = Table(Column("flag", no_wrap=True), "safe to enforce", "why")
     for each in answer.flags:
         name = each.flag.value if each.enforced_when else f"{each.flag.value} (enforced when off)"
         summary.add_row(name, "[green]yes[/]" if each.safe_to_enforce else "[red]no[/]", each.why)
     console.print(summary)
-    callers = Table("flag", "operation", "client", "would be refused", "refused", "users", "first seen", "last seen")
+    names = [Column(name, overflow="fold") for name in ("flag", "operation", "client")]
+    callers = Table(*names, "would be refused", "refused", "users", "first seen", "last seen")
     for each in answer.flags:
         for caller in each.callers:
             callers.add_row(
