@@ -163,9 +163,9 @@ _BREAK: Final = """
 _CUT: Final = """
     SELECT in_transaction FROM (
         SELECT pg_terminate_backend(pid), in_transaction FROM (
-            SELECT pid, state <> 'idle' AS in_transaction FROM pg_stat_activity
+            SELECT pid, coalesce(state, 'idle') <> 'idle' AS in_transaction FROM pg_stat_activity
             WHERE datname = current_database() AND application_name = 'sessiongate-worker'
-            ORDER BY state <> 'idle' DESC, random() LIMIT 1
+            ORDER BY 2 DESC, random() LIMIT 1
         ) AS victim
     ) AS cut
 """
