@@ -6,6 +6,7 @@ from libs.domain.conversion.causes import FailureReason
 from libs.domain.jobs import JOBS
 from libs.domain.outbox.events import EventName
 from libs.guardrails import OPERATIONS, Family, Flag, Reason
+from libs.guardrails.operations import names_of
 from libs.observability.catalogue import Label, counter, gauge, histogram
 
 _MODALITIES: Final = ("text", "voice", "video")
@@ -23,9 +24,7 @@ _MODULES: Final = (
     "infra",
 )
 
-_chat_operation: Final = Label(
-    "operation", tuple(name for name, operation in OPERATIONS.items() if operation.family is Family.CHAT)
-)
+_chat_operation: Final = Label("operation", tuple(names_of(Family.CHAT)))
 _event_name: Final = Label("event_name", tuple(EventName))
 
 # What `decide` can answer. A warning names what enforcement would have said.

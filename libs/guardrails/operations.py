@@ -75,6 +75,11 @@ OPERATIONS: dict[str, type[Operation]] = {}
 """Every operation by its name, in the order of definition."""
 
 
+def names_of(family: Family) -> list[str]:
+    """The operations of a family, by name."""
+    return [name for name, operation in OPERATIONS.items() if operation.family is family]
+
+
 class SendMessage(Operation, name="send_message", family=Family.CHAT, by_appointment=True):
     """Write a message into the session's conversation."""
 

@@ -139,6 +139,17 @@ _ALWAYS = (
 )
 
 
+OF_ANY_IDENTIFIER: Final = (
+    Reason.SESSION_CONTEXT_INVALID,
+    Reason.SESSION_CONTEXT_REQUIRED,
+    Reason.SESSION_NOT_READY,
+    Reason.SESSION_NOT_FOUND,
+    Reason.APPOINTMENT_NOT_FOUND,
+    Reason.SESSION_NOT_ACTIVE,
+)
+"""How an identifier can be refused where an appointment id may be tried."""
+
+
 def refusals(*reasons: Reason) -> dict[int | str, dict[str, Any]]:
     """The documented refusals of a guarded route, besides those that every one has."""
     # What cannot even be read as JSON has a status of its own.

@@ -22,6 +22,7 @@ from libs.domain.settings import Settings
 from services.cli import home
 from services.cli.database import opened
 from services.cli.errors import CommandError
+from services.cli.options import AsJson
 from services.cli.progress import progress_bar
 
 app = typer.Typer(no_args_is_help=True, help="Convert due appointments into sessions, and watch it happen.")
@@ -30,8 +31,6 @@ _EXIT: Final = {"ok": 0, "warning": 1, "critical": 2}
 _COLOURS: Final = {"ok": "green", "warning": "yellow", "critical": "red"}
 _LOOKBACK: Final = re.compile(r"(\d{1,6})([hd]?)")
 _WORKER: Final = "command line"
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("auto-start-sessions")

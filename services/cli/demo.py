@@ -20,6 +20,7 @@ from libs.domain.settings import Settings
 from services.cli import home
 from services.cli.errors import CommandError, explain
 from services.cli.home import Home, Whereabouts
+from services.cli.options import AsJson
 from services.cli.people import token_of
 
 LEAD_SECONDS: Final = 3.0
@@ -34,7 +35,7 @@ class UnexpectedError(Exception):
 
 def demo(
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Go on after a step that went wrong.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell the story of one consultation by real requests; exits with 0 only if every step went well."""
     place = Home.locate()

@@ -14,6 +14,7 @@ from libs.guardrails import Refused, parse_context
 from services.cli import home
 from services.cli.database import opened
 from services.cli.errors import CommandError
+from services.cli.options import AsJson
 
 Facts = dict[str, Any]
 
@@ -22,7 +23,7 @@ def explain(
     reference: Annotated[
         str, typer.Argument(help="An appointment id such as 12, or text_session:7, or call_session:7.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell what happened to an appointment or a session, in order, and what was refused and why."""
     try:

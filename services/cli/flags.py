@@ -25,6 +25,7 @@ from libs.guardrails.flags import TENANT
 from services.cli import home
 from services.cli.database import opened
 from services.cli.errors import CommandError
+from services.cli.options import AsJson
 from services.cli.rollout import report
 from services.cli.seed import Silence
 
@@ -51,7 +52,6 @@ _WORD: Final = {True: "on", False: "off", None: "as in the environment"}
 TheFlag = Annotated[Flag, typer.Argument(metavar="FLAG", case_sensitive=False, help="The name of the flag.")]
 AnyFlag = Annotated[Flag | None, typer.Argument(metavar="[FLAG]", case_sensitive=False, help="Only this flag.")]
 TenantId = Annotated[int | None, typer.Option("--tenant", min=1, max=MAX_ID, help="Only this tenant.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("list")

@@ -17,13 +17,12 @@ from libs.domain.chat.bodies import Bodies, UnreadableBodyError, new_key
 from libs.domain.settings import Settings, libpq_dsn
 from services.cli import home
 from services.cli.errors import CommandError
+from services.cli.options import AsJson
 from services.cli.progress import progress_bar
 
 app = typer.Typer(no_args_is_help=True, help="Keys that seal message bodies: make one, see which are used, rotate.")
 
 _VARIABLE: Final = "SESSIONGATE_FIELD_KEYS"
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("generate")

@@ -17,6 +17,7 @@ from libs.domain.transaction import transaction
 from libs.guardrails import Principal, Role
 from services.cli import home
 from services.cli.errors import CommandError
+from services.cli.options import AsJson
 from services.cli.seed import Silence
 
 
@@ -47,7 +48,7 @@ def token(user: Annotated[int, typer.Option("--user", min=1, help="The id of the
 @tenants.command("create")
 def create(
     name: Annotated[str, typer.Argument(help="What the tenant is called.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Create a tenant with its first operator, and print that operator's token where it is ours to issue."""
     if not name.strip():

@@ -15,12 +15,13 @@ from libs.domain.settings import Settings
 from services.cli import home
 from services.cli.database import opened
 from services.cli.errors import CommandError
+from services.cli.options import AsJson
 
 
 def report(
     since: Annotated[str, typer.Option(help="Since when: 90m, 24h, 7d, or a timestamp with an offset.")] = "24h",
     tenant: Annotated[int | None, typer.Option(min=1, help="Of this tenant alone.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say, for each rollout flag, who is or would be refused, and whether it is safe to enforce."""
     try:

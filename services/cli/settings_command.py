@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Final, Literal
+from typing import Final, Literal
 
 import typer
 from dotenv import dotenv_values
@@ -17,6 +17,7 @@ from rich.markup import escape
 from libs.domain.settings import DatabaseSettings, FlagSettings, Settings, variable
 from services.api.settings import ApiSettings
 from services.cli.home import HomeSettings
+from services.cli.options import AsJson
 from services.worker.settings import WorkerSettings
 
 ALL: Final[tuple[type[BaseSettings], ...]] = (
@@ -54,7 +55,7 @@ _SECRETS: Final = {"OTEL_EXPORTER_OTLP_HEADERS"}
 _URL_PASSWORD: Final = re.compile(r"(?<=://)([^:@/]*:).*(?=@)|(password=)[^&]*")
 
 
-def settings(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def settings(as_json: AsJson = False) -> None:
     """List every setting with its value and where that comes from. Secrets are masked."""
     listed = list_settings()
     if as_json:

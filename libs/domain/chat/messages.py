@@ -125,14 +125,14 @@ async def history(
         return History([], has_more=False, last_seq=0)
     connection = await driver(await tx.connection())
     last_seq = await connection.fetchval(_LAST_SEQ, conversation_id)
-    items = await page(connection, bodies, conversation_id, which, limit + 1)
+    items = await _page(connection, bodies, conversation_id, which, limit + 1)
     has_more = len(items) > limit
     if has_more:
         items = items[:limit] if isinstance(which, After) else items[-limit:]
     return History(items, has_more=has_more, last_seq=max(last_seq, items[-1].seq if items else 0))
 
 
-async def page(
+async def _page(
     connection: "asyncpg.Connection[Any]",
     bodies: Bodies,
     conversation_id: int,
@@ -147,7 +147,7 @@ async def page(
             rows = (await connection.fetch(_BEFORE, conversation_id, limit, seq))[::-1]
         case Newest():
             rows = (await connection.fetch(_NEWEST, conversation_id, limit))[::-1]
-    return [message_of(row, bodies) for row in rows]
+    return [_message_of(row, bodies) for row in rows]
 
 
 async def following(
@@ -155,14 +155,14 @@ async def following(
 ) -> list[Message]:
     """What follows the number known of each of several conversations, at most `limit` of each, in `seq` order."""
     rows = await connection.fetch(_FOLLOWING, list(known.keys()), list(known.values()), limit)
-    return [message_of(row, bodies) for row in rows]
+    return [_message_of(row, bodies) for row in rows]
 
 
 async def one(connection: "asyncpg.Connection[Any]", bodies: Bodies, message_id: int) -> Message:
-    return message_of(await connection.fetchrow(_ONE, message_id), bodies)
+    return _message_of(await connection.fetchrow(_ONE, message_id), bodies)
 
 
-def message_of(row: Any, bodies: Bodies) -> Message:
+def _message_of(row: Any, bodies: Bodies) -> Message:
     conversation_id = row["conversation_id"]
     stored = StoredBody(row["body"], row["sealed_body"], row["key_id"])
     reactions = orjson.loads(row["reactions"]) if row["reactions"] else []

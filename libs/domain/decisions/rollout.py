@@ -10,17 +10,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from libs.domain.db import Database
-from libs.guardrails import OPERATIONS, Family, Flag
+from libs.guardrails import ENFORCES, Family, Flag
+from libs.guardrails.operations import names_of
 
 DEFAULT_SINCE: Final = timedelta(hours=24)
 CALLERS_SHOWN: Final = 100
 """Per flag; those that ask most."""
 
-_CONCERNS: Final = {
-    Flag.ENFORCE_SESSION_GATED_CHAT: Family.CHAT,
-    Flag.ENFORCE_SESSION_GATED_BILLING: Family.BILLING,
-    Flag.ALLOW_LEGACY_APPOINTMENT_CHAT: Family.CHAT,
-}
+_CONCERNS: Final = {**ENFORCES, Flag.ALLOW_LEGACY_APPOINTMENT_CHAT: Family.CHAT}
 """Whose traffic tells whether a flag can be enforced. The legacy commands have no traffic: people run them."""
 
 _REPORT: Final = f"""
@@ -118,12 +115,7 @@ def since_of(text: str) -> timedelta | datetime:
 async def report(database: Database, since: timedelta | datetime, tenant_id: int | None = None) -> Report:
     """The rollout since a moment, or for so long, in one tenant or in all."""
     moment, span = (None, since) if isinstance(since, timedelta) else (since, None)
-    pairs = [
-        (flag.value, name)
-        for flag, family in _CONCERNS.items()
-        for name, operation in OPERATIONS.items()
-        if operation.family is family
-    ]
+    pairs = [(flag.value, name) for flag, family in _CONCERNS.items() for name in names_of(family)]
     concerned = [list(column) for column in zip(*pairs, strict=True)]
     async with database.autocommit() as connection:
         rows = await connection.fetch(_REPORT, moment, span, tenant_id, *concerned, [flag.value for flag in Flag])

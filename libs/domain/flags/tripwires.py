@@ -15,7 +15,8 @@ from sqlalchemy.types import BigInteger, Interval, Text
 from libs.domain.flags import overrides
 from libs.domain.telemetry import logger
 from libs.domain.transaction import Transaction
-from libs.guardrails import ENFORCES, OPERATIONS, Flags, Override, Rollout, Target
+from libs.guardrails import ENFORCES, Flags, Override, Rollout, Target
+from libs.guardrails.operations import names_of
 from libs.observability.registry import Metrics
 
 _log: Final = logger("flags")
@@ -75,12 +76,11 @@ async def _traffic(tx: Transaction, override: Override, rollout: Rollout) -> tup
     """How many requests came, and how many of them the flag refused, in the tenants that this override has it on
     for: a share that refuses everything must not hide behind the tenants it does not reach."""
     assert override.tripwire
-    family = ENFORCES[override.flag]
     parameters = {
         "flag": override.flag.value,
         "tenant_id": override.tenant_id,
         "window": timedelta(minutes=override.tripwire.minutes),
-        "operations": [name for name, operation in OPERATIONS.items() if operation.family is family],
+        "operations": names_of(ENFORCES[override.flag]),
     }
     requests = refused = 0
     for row in (await tx.execute(_TRAFFIC, parameters)).all():

@@ -27,18 +27,9 @@ from services.api.chat.schemas import (
     SendMessageIn,
 )
 from services.api.guards import Can, Claimed, Tx, guarded_router, runtime_of
-from services.api.schemas import DEFAULT_LIMIT, Digits, IdPath, Limit, Storable, refusals
+from services.api.schemas import DEFAULT_LIMIT, OF_ANY_IDENTIFIER, Digits, IdPath, Limit, Storable, refusals
 
 router = guarded_router("/chat/{context}", tag="chat", sessions_only=True)
-
-_BY_APPOINTMENT = (
-    Reason.SESSION_CONTEXT_INVALID,
-    Reason.SESSION_CONTEXT_REQUIRED,
-    Reason.SESSION_NOT_READY,
-    Reason.SESSION_NOT_FOUND,
-    Reason.APPOINTMENT_NOT_FOUND,
-    Reason.SESSION_NOT_ACTIVE,
-)
 
 Seq = Annotated[int | None, Query(ge=0, le=MAX_ID), Digits]
 
@@ -53,7 +44,7 @@ async def _page(after_seq: Seq = None, before_seq: Seq = None) -> Newest | After
     return Newest() if before_seq is None else Before(before_seq)
 
 
-_SENDING = refusals(*_BY_APPOINTMENT, Reason.IDEMPOTENCY_CONFLICT, Reason.RATE_LIMITED)
+_SENDING = refusals(*OF_ANY_IDENTIFIER, Reason.IDEMPOTENCY_CONFLICT, Reason.RATE_LIMITED)
 _STORED_BEFORE: dict[int | str, dict[str, Any]] = {
     200: {"model": MessageOut, "description": "It was stored before, under the same id."}
 }
@@ -71,7 +62,7 @@ async def send_message(
 @router.post(
     "/messages/{message_id}/replies",
     status_code=201,
-    responses=refusals(*_BY_APPOINTMENT, Reason.MESSAGE_NOT_FOUND, Reason.IDEMPOTENCY_CONFLICT, Reason.RATE_LIMITED)
+    responses=refusals(*OF_ANY_IDENTIFIER, Reason.MESSAGE_NOT_FOUND, Reason.IDEMPOTENCY_CONFLICT, Reason.RATE_LIMITED)
     | _STORED_BEFORE,
 )
 async def reply_to_message(
@@ -92,7 +83,7 @@ async def _send(
     return MessageOut.of(sent.message)
 
 
-@router.get("/messages", responses=refusals(*_BY_APPOINTMENT))
+@router.get("/messages", responses=refusals(*OF_ANY_IDENTIFIER))
 async def get_messages(
     context: Can[GetMessages],
     tx: Tx,
@@ -107,7 +98,7 @@ async def get_messages(
 
 
 Emoji = Annotated[str, Path(min_length=1, max_length=32, description="Of 1 to 32 characters."), Storable]
-_ON_MESSAGE = refusals(*_BY_APPOINTMENT, Reason.MESSAGE_NOT_FOUND)
+_ON_MESSAGE = refusals(*OF_ANY_IDENTIFIER, Reason.MESSAGE_NOT_FOUND)
 
 
 @router.put("/messages/{message_id}/reactions/{emoji}", status_code=204, responses=_ON_MESSAGE)
@@ -122,19 +113,19 @@ async def remove_reaction(context: Can[RemoveReaction], tx: Tx, message_id: IdPa
     await reactions.react(tx, context, message_id, emoji)
 
 
-@router.put("/typing", status_code=204, responses=refusals(*_BY_APPOINTMENT))
+@router.put("/typing", status_code=204, responses=refusals(*OF_ANY_IDENTIFIER))
 async def start_typing(context: Can[StartTyping], tx: Tx) -> None:
     """Shows the others for ten seconds that you are writing."""
     await presence.typing(tx, context)
 
 
-@router.delete("/typing", status_code=204, responses=refusals(*_BY_APPOINTMENT))
+@router.delete("/typing", status_code=204, responses=refusals(*OF_ANY_IDENTIFIER))
 async def stop_typing(context: Can[StopTyping], tx: Tx) -> None:
     """Shows the others that you are not writing any more."""
     await presence.typing(tx, context)
 
 
-@router.put("/read", responses=refusals(*_BY_APPOINTMENT))
+@router.put("/read", responses=refusals(*OF_ANY_IDENTIFIER))
 async def mark_as_read(context: Can[MarkAsRead], tx: Tx, mark: MarkAsReadIn) -> MarkAsReadOut:
     """Says up to which message you have read."""
     return MarkAsReadOut(last_read_seq=await reading.mark_as_read(tx, context, mark.seq))

@@ -7,7 +7,7 @@ from starlette.websockets import WebSocket
 
 from libs.domain import tickets
 from libs.domain.sessions.door import open_session
-from libs.guardrails import Claim, Permission, Principal, Reason, parse_context
+from libs.guardrails import Claim, Permission, Principal, parse_context
 from libs.guardrails.operations import Join
 from services.api.guards import Tx, acting, guarded_router, guarded_websocket, runtime_of
 from services.api.identity import Token
@@ -15,7 +15,7 @@ from services.api.realtime.connections import Connections
 from services.api.realtime.rooms import SIGNED_OUT
 from services.api.realtime.socket import Socket
 from services.api.realtime.wire import Wire
-from services.api.schemas import In, Out, SafeStr, refusals
+from services.api.schemas import OF_ANY_IDENTIFIER, In, Out, SafeStr, refusals
 
 router = guarded_router("", tag="chat", replays=False)
 
@@ -36,14 +36,7 @@ class TicketOut(Out):
 @router.post(
     "/socket-tickets",
     status_code=201,
-    responses=refusals(
-        Reason.SESSION_CONTEXT_INVALID,
-        Reason.SESSION_CONTEXT_REQUIRED,
-        Reason.SESSION_NOT_READY,
-        Reason.SESSION_NOT_FOUND,
-        Reason.APPOINTMENT_NOT_FOUND,
-        Reason.SESSION_NOT_ACTIVE,
-    ),
+    responses=refusals(*OF_ANY_IDENTIFIER),
 )
 async def create_socket_ticket(
     caller: Annotated[Principal, acting(Permission.OPEN_SOCKETS)], tx: Tx, wanted: TicketIn, request: Request
