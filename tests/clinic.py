@@ -13,11 +13,18 @@ from libs.domain.notifications import Notifications
 from libs.domain.outbox.dispatch import Dispatcher
 from libs.domain.outbox.events import Consumer, Lane
 from libs.domain.people import NewSubscription, create_tenant, create_user, subscribe
+from libs.domain.sessions.settlement import Settled, Settlement
 from libs.domain.transaction import transaction
 from libs.guardrails import Principal, Role, SessionKind, SessionRef
 from libs.observability.registry import Metrics
 
 MINUTE = timedelta(minutes=1)
+
+ACTIVATE = """
+    UPDATE sessions SET status = 'active', activated_at = clock(), allowance_units = 10,
+        expires_at = clock() + interval '100 minutes', tick_at = clock() + interval '10 minutes'
+"""
+"""What the doctor's first message does to a text session."""
 
 
 class RecordingBell:
@@ -184,6 +191,11 @@ class Clinic:
         outcomes: list[Outcome] = []
         await self.converter(outcomes).auto_start(wait=True)
         return {outcome.appointment_id: outcome for outcome in outcomes}
+
+    async def settle(self) -> list[Settled]:
+        """Settles the sessions that are due, as a worker's beat does."""
+        async with transaction(self.database, self.bell) as tx:
+            return await Settlement(self.metrics).due(tx)
 
     async def dispatch(self) -> int:
         """Dispatches the outbox until it has nothing that can be dispatched now; answers how much that was."""

@@ -38,6 +38,7 @@ _REFUSED: Final = (
     Reason.SESSION_BILLING_REQUIRED,
     Reason.SESSION_NOT_READY,
     Reason.SESSION_NOT_ACTIVE,
+    Reason.SESSION_NOT_CONNECTED,
 )
 _WARNED: Final = (Reason.SESSION_CONTEXT_REQUIRED, Reason.SESSION_BILLING_REQUIRED, Reason.SESSION_NOT_READY)
 _VERDICTS: Final = [
@@ -131,6 +132,14 @@ _CHAT: Final = (
     ),
 )
 
+_BILLING: Final = (
+    histogram("chat_session_duration_seconds", "Duration of ended sessions", Label("modality", _MODALITIES)),
+    histogram("chat_session_messages", "Messages per ended session"),
+    counter("billing_units_charged_total", "Units charged to patients", Label("modality", _MODALITIES)),
+    counter("billing_payout_minor_total", "Paid to doctors, in the minor unit", Label("currency", limit=10)),
+    histogram("settlement_duration_seconds", "Time to settle sessions, by one statement"),
+)
+
 _CONVERSION: Final = (
     gauge("appointments_due_count", "Confirmed appointments that are due and have no session"),
     gauge("appointments_needs_attention", "Appointments whose conversion is parked until an operator acts"),
@@ -164,4 +173,4 @@ _BACKGROUND: Final = (
     counter("doorbell_failures_total", "Wake-up calls that Redis did not take"),
 )
 
-CATALOGUE: Final = (*_HTTP, *_GUARD, *_SCHEDULING, *_CHAT, *_CONVERSION, *_BACKGROUND)
+CATALOGUE: Final = (*_HTTP, *_GUARD, *_SCHEDULING, *_CHAT, *_BILLING, *_CONVERSION, *_BACKGROUND)

@@ -7,8 +7,8 @@ from typing import Any, Final
 from sqlalchemy import Row, insert, select, update
 
 from libs.domain import audit
+from libs.domain.conversion.unblocking import unblock
 from libs.domain.pages import Page, page_of
-from libs.domain.sessions import expiry
 from libs.domain.tables import subscriptions, tenants, users
 from libs.domain.transaction import Transaction
 from libs.guardrails import Principal, Reason, Refused, Role
@@ -99,7 +99,7 @@ async def set_active(tx: Transaction, actor: Principal, user_id: int, *, active:
         raise Refused(Reason.NOT_FOUND)
     await audit.record(tx, actor, "user_activated" if active else "user_deactivated", f"user:{user_id}")
     if active:
-        await expiry.unblock(tx, [user_id])
+        await unblock(tx, [user_id])
     return _user(row)
 
 
@@ -107,7 +107,7 @@ async def subscribe(tx: Transaction, tenant_id: int, new: NewSubscription) -> in
     """Adds a subscription and lets the patient's waiting appointments try again; answers its id."""
     values = {"tenant_id": tenant_id} | {name: getattr(new, name) for name in NewSubscription.__dataclass_fields__}
     created = await tx.execute(insert(subscriptions).values(values).returning(subscriptions.c.id))
-    await expiry.unblock(tx, [new.patient_id])
+    await unblock(tx, [new.patient_id])
     return int(created.scalar_one())
 
 

@@ -15,6 +15,8 @@ from libs.domain.conversion.monitor import Thresholds
 from libs.domain.db import Database
 from libs.domain.decisions.recorder import Recorder
 from libs.domain.flags.live import LiveFlags
+from libs.domain.sessions.door import Door
+from libs.domain.sessions.settlement import Settlement
 from libs.domain.settings import FlagSettings, Settings
 from libs.domain.telemetry import GuardTelemetry
 from libs.domain.transaction import Bell, Transaction, transaction
@@ -41,6 +43,8 @@ class Runtime:
     recorder: Recorder
     flags: LiveFlags
     guard: Guard
+    settlement: Settlement
+    door: Door
     bodies: Bodies
     chat: Chat
 
@@ -54,17 +58,21 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
     live = LiveFlags(flags, database=database, metrics=metrics)
     recorder = Recorder(database, metrics, sample_rate=settings.decision_sample_rate)
     guard = Guard(live, GuardTelemetry(metrics, recorder))
+    settlement = Settlement(metrics)
     bodies = Bodies.parse(settings.field_keys.get_secret_value())
     chat = Chat(
         database,
         bell,
         guard,
+        settlement,
         bodies,
         metrics,
         response_window=timedelta(seconds=settings.text_session_response_window_seconds),
         messages_per_minute=settings.chat_messages_per_minute,
     )
-    return Runtime(settings, metrics, database, bell, recorder, live, guard, bodies, chat)
+    return Runtime(
+        settings, metrics, database, bell, recorder, live, guard, settlement, Door(guard, settlement), bodies, chat
+    )
 
 
 @asynccontextmanager

@@ -3,8 +3,8 @@
 Every row of a clinic belongs to a tenant. Timestamps are `timestamptz`; what is computed from the present time
 asks the SQL function `clock()`. Rules that a constraint can state are stated here and not only in
 code: one session per appointment, one live session per patient and per doctor, no overlapping
-appointments of a doctor, no message numbered twice. Functions, triggers, grants and `clock()` itself
-are in the migrations.
+appointments of a doctor, no message numbered twice, no charge for a session that never began. Functions,
+triggers, grants and `clock()` itself are in the migrations.
 
 Records of what happened (conversion attempts, outbox events) are only added to, never changed. Their ids are
 no foreign keys: the statement that writes them has just written what they name, which is never deleted, and
@@ -55,6 +55,9 @@ BACKLOG: Final = f"{DUE} AND starts_at <= clock()"
 
 LIVE: Final = "status IN ('waiting', 'connecting', 'active')"
 """Which sessions are live. Shared by the two unique indexes and every query that means it."""
+
+BEGUN_AT: Final = "CASE kind WHEN 'text' THEN activated_at ELSE connected_at END"
+"""Since when the units of a session run: a text session's once it is active, a call's once it is connected."""
 
 PENDING_DELIVERY: Final = "dispatched_at IS NULL AND dead_at IS NULL"
 
@@ -115,11 +118,16 @@ subscriptions = Table(
     Column("plan", Text, nullable=False),
     _time("starts_at", required=True),
     _time("ends_at", required=True),
+    # The balances of its accounts in the ledger, whose trigger alone changes them.
     Column("text_sessions_remaining", Integer, nullable=False),
     Column("voice_calls_remaining", Integer, nullable=False),
     Column("video_calls_remaining", Integer, nullable=False),
     _time("created_at", default_now=True),
     _person("patient_id"),
+    # What it began with, kept by a trigger; the ledger has all that happened since.
+    Column("text_sessions_granted", Integer, nullable=False),
+    Column("voice_calls_granted", Integer, nullable=False),
+    Column("video_calls_granted", Integer, nullable=False),
     CheckConstraint("starts_at < ends_at", name="period"),
     CheckConstraint(
         "text_sessions_remaining >= 0 AND voice_calls_remaining >= 0 AND video_calls_remaining >= 0",
@@ -227,8 +235,17 @@ sessions = Table(
     _time("created_at", default_now=True),
     _time("response_deadline"),
     _time("expires_at", required=True),
+    Column("rung_by", BigInteger),
+    # When it became active: the doctor's first message, or an answered call.
     _time("activated_at"),
     _time("connected_at"),
+    # How many units the patient had left when they began to run; `expires_at` is when they are spent.
+    Column("allowance_units", Integer),
+    # When an active session ends unless a party does something.
+    _time("idle_at"),
+    # When an active session next needs the worker: a unit is full, the end is near, or it is over.
+    _time("tick_at"),
+    _time("warned_at"),
     _time("ended_at"),
     Column("ended_seq", BigInteger),
     Column("ended_by", BigInteger),
@@ -249,6 +266,10 @@ sessions = Table(
         name="status",
     ),
     CheckConstraint(f"({LIVE}) = (ended_at IS NULL)", name="ended"),
+    CheckConstraint("connected_at IS NULL OR kind = 'call' AND activated_at IS NOT NULL", name="connected"),
+    CheckConstraint(f"{BEGUN_AT} IS NULL OR allowance_units >= 0 AND allowance_units IS NOT NULL", name="allowance"),
+    CheckConstraint("status <> 'active' OR tick_at IS NOT NULL", name="tick"),
+    CheckConstraint(f"units_charged = 0 OR {BEGUN_AT} IS NOT NULL", name="charged"),
     Index("sessions_live_patient_key", "patient_id", unique=True, postgresql_where=text(LIVE)),
     Index("sessions_live_doctor_key", "doctor_id", unique=True, postgresql_where=text(LIVE)),
     Index(
@@ -256,6 +277,7 @@ sessions = Table(
         func.least(text("response_deadline"), text("expires_at")),
         postgresql_where=text("status IN ('waiting', 'connecting')"),
     ),
+    Index("sessions_tick_idx", "tick_at", postgresql_where=text("status = 'active'")),
     Index(None, "patient_id", "id"),
     Index(None, "doctor_id", "id"),
     UniqueConstraint("tenant_id", "id"),
@@ -353,6 +375,87 @@ socket_tickets = Table(
     _time("token_expires_at", required=True),
     _person("user_id"),
     Index(None, "expires_at"),
+)
+
+payout_rates = Table(
+    "payout_rates",
+    metadata,
+    # Of the doctor; `*` is every country that is not named.
+    Column("country", Text, primary_key=True),
+    Column("currency", Text, nullable=False),
+    Column("amount_minor", BigInteger, nullable=False),
+    CheckConstraint("currency ~ '^[A-Z]{3}$'", name="currency"),
+    CheckConstraint("amount_minor > 0", name="amount"),
+)
+
+ledger_transactions = Table(
+    "ledger_transactions",
+    metadata,
+    _id(),
+    _tenant(),
+    # What it is for, in words that only one transaction can have, such as `session:7:unit:2`.
+    Column("idempotency_key", Text, nullable=False, unique=True),
+    Column("kind", Text, nullable=False),
+    Column("session_id", BigInteger),
+    Column("appointment_id", BigInteger),
+    Column("unit", Integer),
+    Column("reverses", BigInteger, ForeignKey("ledger_transactions.id"), unique=True),
+    _time("created_at", default_now=True),
+    # Entries come in the database transaction that posts them, and never later.
+    Column("posted_in", Text, nullable=False, server_default=text("pg_current_xact_id()::text")),
+    _within_tenant("session_id", "sessions"),
+    _within_tenant("appointment_id", "appointments"),
+    CheckConstraint("kind IN ('charge', 'legacy', 'refund')", name="kind"),
+    CheckConstraint("(kind = 'charge') <= (session_id IS NOT NULL AND unit > 0 AND unit IS NOT NULL)", name="charge"),
+    CheckConstraint(
+        "(kind = 'legacy') <= (appointment_id IS NOT NULL AND session_id IS NULL AND unit > 0 AND unit IS NOT NULL)",
+        name="legacy",
+    ),
+    CheckConstraint("(kind = 'refund') = (reverses IS NOT NULL)", name="refund"),
+    CheckConstraint("session_id IS NOT NULL OR appointment_id IS NOT NULL", name="subject"),
+    Index(None, "session_id", "unit"),
+    Index(None, "appointment_id", "unit"),
+    Index(None, "tenant_id", "id"),
+)
+
+ledger_entries = Table(
+    "ledger_entries",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("transaction_id", BigInteger, ForeignKey("ledger_transactions.id"), nullable=False),
+    # An account is a kind with its owner, and has a balance per commodity: units of a modality, or a currency in
+    # its minor unit. The clinic's own two have no stored balance, for which all its settlements would queue.
+    Column("account", Text, nullable=False),
+    Column("subscription_id", BigInteger, ForeignKey("subscriptions.id")),
+    Column("doctor_id", BigInteger),
+    Column("commodity", Text, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    _person("doctor_id"),
+    CheckConstraint("account IN ('subscription', 'consumed', 'wallet', 'payable')", name="account"),
+    CheckConstraint("(account = 'subscription') = (subscription_id IS NOT NULL)", name="subscription"),
+    CheckConstraint("(account = 'wallet') = (doctor_id IS NOT NULL)", name="wallet"),
+    CheckConstraint(
+        "CASE WHEN account IN ('subscription', 'consumed') THEN commodity IN ('text', 'voice', 'video')"
+        " ELSE commodity ~ '^[A-Z]{3}$' END",
+        name="commodity",
+    ),
+    CheckConstraint("amount <> 0", name="amount"),
+    Index(None, "transaction_id"),
+    Index(None, "subscription_id", postgresql_where=text("subscription_id IS NOT NULL")),
+    Index(None, "doctor_id", "commodity", postgresql_where=text("doctor_id IS NOT NULL")),
+)
+
+wallets = Table(
+    "wallets",
+    metadata,
+    Column("doctor_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("currency", Text, primary_key=True),
+    _tenant(),
+    # In the minor unit. The ledger's trigger alone changes it.
+    Column("balance", BigInteger, nullable=False),
+    _person("doctor_id"),
+    CheckConstraint("balance >= 0", name="balance"),
 )
 
 conversion_runs = Table(

@@ -4,7 +4,7 @@ Whoever writes rows says in the same breath who is to be woken; nobody is woken 
 rolled back, and nobody is told of success before the rows are durable.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ class Transaction:
         self._rings: dict[Job, None] = {}
         self._changed: dict[int, None] = {}
         self._typing: dict[tuple[int, int], bool] = {}
+        self._after: list[Callable[[], None]] = []
 
     async def connection(self) -> AsyncConnection:
         if self._connection is None:
@@ -63,9 +64,15 @@ class Transaction:
         """Tells whoever watches the conversation that the user began or stopped writing, after the commit."""
         self._typing[conversation_id, user_id] = on
 
+    def after_commit(self, tell: Callable[[], None]) -> None:
+        """Counts or logs what is true once the transaction is committed."""
+        self._after.append(tell)
+
     async def commit(self, bell: Bell) -> None:
         if self._connection is not None:
             await self._connection.commit()
+        for tell in self._after:
+            tell()
         for job in self._rings:
             bell.ring(job)
         for conversation_id in self._changed:

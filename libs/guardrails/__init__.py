@@ -15,6 +15,7 @@ from libs.guardrails.context import (
     SessionFacts,
     SessionKind,
     SessionRef,
+    addresses,
     parse_context,
 )
 from libs.guardrails.decision import Verdict, decide
@@ -70,6 +71,7 @@ __all__ = [
     "Value",
     "Verdict",
     "Witness",
+    "addresses",
     "decide",
     "parse_context",
 ]

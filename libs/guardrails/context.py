@@ -66,10 +66,17 @@ def parse_context(text: str) -> SessionRef | AppointmentRef:
     return ref
 
 
+def addresses(operation: type[Operation], subject: SessionRef | AppointmentRef) -> bool:
+    """Whether the operation can be asked for with such an identifier at all."""
+    if isinstance(subject, AppointmentRef):
+        return operation.by_appointment
+    return subject.kind is SessionKind.CALL or not operation.calls_only
+
+
 @dataclass(frozen=True, slots=True)
 class SessionFacts:
     """What is known of a session at the moment of deciding; `overdue` when a deadline has passed
-    that the stored status does not show yet."""
+    that the stored status does not show yet, `begun` when its units have begun to run."""
 
     id: int
     kind: SessionKind
@@ -79,6 +86,7 @@ class SessionFacts:
     appointment_id: int | None
     conversation_id: int
     overdue: bool = False
+    begun: bool = False
 
     @property
     def ref(self) -> SessionRef:

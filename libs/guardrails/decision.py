@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from libs.guardrails.context import AppointmentFacts, AppointmentRef, Claim, Facts, SessionFacts
+from libs.guardrails.context import AppointmentFacts, AppointmentRef, Claim, Facts, SessionFacts, addresses
 from libs.guardrails.flags import Flag, Flags
 from libs.guardrails.operations import Family, Operation, SessionStatus
 from libs.guardrails.permissions import Principal, Role
@@ -45,7 +45,7 @@ def decide(claim: Claim[Operation], facts: Facts, flags: Flags) -> Verdict:
     by_appointment = isinstance(claim.subject, AppointmentRef)
     if not facts.caller_active:
         return Verdict(Reason.UNAUTHENTICATED)
-    if by_appointment and not operation.by_appointment:
+    if not addresses(operation, claim.subject):
         return Verdict(Reason.SESSION_CONTEXT_INVALID)
     subject = facts.appointment if by_appointment else facts.session
     if subject is None or not _takes_part(caller, subject):
@@ -74,7 +74,9 @@ def _takes_part(caller: Principal, subject: SessionFacts | AppointmentFacts) -> 
 def _by_state(operation: type[Operation], session: SessionFacts) -> Verdict:
     # Past its deadline a session is over, even in the moment before that is stored.
     status = SessionStatus.EXPIRED if session.overdue else session.status
-    return Verdict() if status in operation.passes else Verdict(Reason.SESSION_NOT_ACTIVE)
+    if status not in operation.passes:
+        return Verdict(Reason.SESSION_NOT_ACTIVE)
+    return Verdict(Reason.SESSION_NOT_CONNECTED) if operation.charges and not session.begun else Verdict()
 
 
 def _with_session(
@@ -97,6 +99,9 @@ def _with_session(
 
 
 def _without_session(operation: type[Operation], appointment: AppointmentFacts, flags: Flags) -> Verdict:
+    if operation.family is Family.BILLING:
+        # The legacy way to be paid, for which a session was never needed; which states it knows is its own rule.
+        return Verdict()
     if appointment.status not in _CAN_STILL_START:
         return Verdict(Reason.SESSION_NOT_ACTIVE)
     # Only a confirmed appointment will get a session by itself; before that, no flag lets anybody in.

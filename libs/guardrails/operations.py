@@ -41,8 +41,9 @@ class Operation:
     `name` is the label value and the word in logs. `passes` are the session states in which the
     operation is allowed. `roles` are the roles that may perform it on a session they take part in
     (operators take part in every session of their tenant). `by_appointment` tells whether the
-    rollout flags may let it through with a plain appointment id. `reads` is true when it changes
-    nothing, so that its facts need no lock.
+    rollout flags may let it through with a plain appointment id. `calls_only` tells that a text session
+    knows no such thing, `charges` that the session's units must have begun to run. `reads` is true when
+    it changes nothing, so that its facts need no lock.
     """
 
     name: ClassVar[str]
@@ -50,6 +51,8 @@ class Operation:
     passes: ClassVar[frozenset[SessionStatus]]
     roles: ClassVar[frozenset[Role]]
     by_appointment: ClassVar[bool]
+    calls_only: ClassVar[bool]
+    charges: ClassVar[bool]
     reads: ClassVar[bool]
 
     def __init_subclass__(
@@ -60,6 +63,8 @@ class Operation:
         passes: frozenset[SessionStatus] = LIVE,
         roles: frozenset[Role] = _PARTIES,
         by_appointment: bool = False,
+        calls_only: bool = False,
+        charges: bool = False,
         reads: bool = False,
     ) -> None:
         cls.name = name
@@ -67,6 +72,8 @@ class Operation:
         cls.passes = passes
         cls.roles = roles
         cls.by_appointment = by_appointment
+        cls.calls_only = calls_only
+        cls.charges = charges
         cls.reads = reads
         OPERATIONS[name] = cls
 
@@ -143,3 +150,78 @@ class CompleteSession(
     roles=_PARTIES_AND_OPERATORS,
 ):
     """End the session; idempotent, hence allowed in every state."""
+
+
+class DeductInterval(
+    Operation, name="deduct_interval", family=Family.BILLING, roles=_PARTIES_AND_OPERATORS, charges=True
+):
+    """Charge the units that have run so far."""
+
+
+class ViewBilling(
+    Operation,
+    name="view_billing",
+    family=Family.BILLING,
+    passes=ALWAYS,
+    roles=_PARTIES_AND_OPERATORS,
+    reads=True,
+):
+    """See what the session was charged."""
+
+
+class Ring(Operation, name="ring", family=Family.LIFECYCLE, calls_only=True):
+    """Call the other party, who has a while to answer."""
+
+
+class Answer(Operation, name="answer", family=Family.LIFECYCLE, calls_only=True):
+    """Take the other party's call."""
+
+
+class Connect(Operation, name="connect", family=Family.LIFECYCLE, calls_only=True):
+    """Say that one hears the other party; repeated, that one still does."""
+
+
+class Decline(
+    Operation,
+    name="decline",
+    family=Family.LIFECYCLE,
+    passes=frozenset({SessionStatus.CONNECTING, SessionStatus.DECLINED}),
+    calls_only=True,
+):
+    """Refuse the call, which ends it."""
+
+
+class EndSession(
+    Operation,
+    name="end_session",
+    family=Family.BILLING,
+    passes=ALWAYS,
+    roles=_PARTIES_AND_OPERATORS,
+    by_appointment=True,
+    charges=True,
+):
+    """Legacy: end and bill by appointment."""
+
+
+class ProcessPayment(
+    Operation,
+    name="process_payment",
+    family=Family.BILLING,
+    passes=ALWAYS,
+    roles=_PARTIES_AND_OPERATORS,
+    by_appointment=True,
+    charges=True,
+):
+    """Legacy: pay the doctor by appointment."""
+
+
+class ProcessDeduction(
+    Operation,
+    name="process_deduction",
+    family=Family.BILLING,
+    passes=ALWAYS,
+    roles=_PARTIES_AND_OPERATORS,
+    by_appointment=True,
+    charges=True,
+):
+    """Legacy: deduct units by appointment."""

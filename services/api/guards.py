@@ -36,10 +36,8 @@ from starlette.websockets import WebSocket
 
 from libs.domain.db import is_conflict
 from libs.domain.runtime import Runtime
-from libs.domain.sessions.door import open_session
 from libs.domain.transaction import Transaction
 from libs.guardrails import (
-    AppointmentRef,
     Claim,
     Operation,
     Permission,
@@ -47,6 +45,7 @@ from libs.guardrails import (
     Reason,
     Refused,
     SessionContext,
+    addresses,
     parse_context,
 )
 from libs.observability.context import note
@@ -109,7 +108,7 @@ ContextPath = Annotated[
 
 def _claim(request: HTTPConnection, operation: type[Op], identifier: str) -> Claim[Op]:
     subject = parse_context(identifier)
-    if isinstance(subject, AppointmentRef) and not operation.by_appointment:
+    if not addresses(operation, subject):
         raise Refused(Reason.SESSION_CONTEXT_INVALID)
     return Claim(operation, request.state.principal, subject)
 
@@ -123,7 +122,7 @@ else:
         def __class_getitem__(cls, operation: type[Operation]) -> Any:
             async def context_of(request: Request, context: ContextPath, tx: Tx) -> Pending:
                 claim = _claim(request, operation, context)
-                return Pending(functools.partial(open_session, tx, runtime_of(request).guard, claim))
+                return Pending(functools.partial(runtime_of(request).door.open, tx, claim))
 
             context_of.net = Net(session=True)
             return Annotated[SessionContext[operation], Depends(context_of)]

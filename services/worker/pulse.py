@@ -1,7 +1,8 @@
 """The pulse: a loop on the monotonic clock that finds due work in PostgreSQL, whatever Redis does.
 
-Each beat first expires and ends what is due and then converts, so that back-to-back appointments of one
-doctor follow each other. Between beats it sleeps until the next due moment, at most a second.
+Each beat first settles the sessions that are due, which ends those that are over, and then converts, so
+that back-to-back appointments of one doctor follow each other. Between beats it sleeps until the next due
+moment, at most a second.
 """
 
 import asyncio
@@ -9,12 +10,13 @@ import time
 from contextlib import suppress
 from typing import Final
 
+from libs.domain.appointments.expiry import expire_pending
 from libs.domain.conversion.report import Reporter
 from libs.domain.conversion.runs import Converter, ConverterBusy, Run
 from libs.domain.conversion.statement import DUE_AT
 from libs.domain.jobs import DispatchOutbox
 from libs.domain.runtime import Runtime
-from libs.domain.sessions import expiry
+from libs.domain.sessions.settlement import due_sessions
 from libs.domain.tables import DUE
 from libs.domain.telemetry import logger
 
@@ -34,6 +36,7 @@ _NEXT_DUE: Final = f"""
         (SELECT {DUE_AT} FROM appointments WHERE {DUE} ORDER BY {DUE_AT} LIMIT 1),
         (SELECT least(response_deadline, expires_at) FROM sessions WHERE status IN ('waiting', 'connecting')
             ORDER BY least(response_deadline, expires_at) LIMIT 1),
+        (SELECT tick_at FROM sessions WHERE status = 'active' ORDER BY tick_at LIMIT 1),
         (SELECT starts_at FROM appointments WHERE status = 'PENDING' ORDER BY starts_at LIMIT 1)
     ) - clock())::float8
 """
@@ -90,9 +93,9 @@ class Pulse:
         run: Run | None = Run("auto_start")
         due_in = await self._due_in()
         if due_in <= 0:
-            expired = await self._expire()
+            settled = await self._settle()
             run = await self._convert()
-            due_in = max(await self._due_in(), BUSY_SLEEP) if expired else LONGEST_SLEEP
+            due_in = max(await self._due_in(), BUSY_SLEEP) if settled else LONGEST_SLEEP
         if run is not None:
             self._account_for(run)
         return min(due_in, LONGEST_SLEEP)
@@ -102,31 +105,31 @@ class Pulse:
             due_in = await connection.fetchval(_NEXT_DUE)
         return LONGEST_SLEEP if due_in is None else float(due_in)
 
-    async def _expire(self) -> bool:
-        """Whether all went well. Conversion does not wait for what cannot be expired, nor one session for another."""
+    async def _settle(self) -> bool:
+        """Whether all went well. Conversion does not wait for what cannot be ended, nor one session for another."""
+        well = True
         try:
             async with self._runtime.begin() as tx:
-                await expiry.expire_sessions(tx)
-            well = True
+                await self._runtime.settlement.due(tx)
         except Exception as error:
             self._failed(error)
             well = False
             async with self._runtime.begin() as tx:
-                overdue = await expiry.overdue_sessions(tx)
-            for session_id in overdue:
+                due = await due_sessions(tx)
+            for session_id in due:
                 with suppress(Exception):
                     async with self._runtime.begin() as tx:
-                        await expiry.expire_sessions(tx, only=session_id)
+                        await self._runtime.settlement.one(tx, session_id)
         try:
             async with self._runtime.begin() as tx:
-                await expiry.expire_pending(tx)
+                await expire_pending(tx)
         except Exception as error:
             self._failed(error)
             well = False
         return well
 
     def _failed(self, error: Exception) -> None:
-        _log.error("expiry_failed", exc_info=error, exception_type=type(error).__name__)
+        _log.error("settlement_failed", exc_info=error, exception_type=type(error).__name__)
 
     async def _convert(self) -> Run | None:
         """The run, or None when another process converts."""

@@ -16,7 +16,7 @@ from httpx2 import Response
 from libs.guardrails import AppointmentRef, Flag, Flags, Principal
 from tests.api.calls import Owner, rows
 from tests.api.expect import DAY, found, problem
-from tests.clinic import MINUTE, Clinic
+from tests.clinic import ACTIVATE, MINUTE, Clinic
 from tests.conftest import MakeApi
 from tests.guardrails.promises import ALL_FLAGS, APPOINTMENT_STATUSES, SUBJECTS, Case, promised
 from tests.running import Api
@@ -60,7 +60,10 @@ class Place:
 COMES_ABOUT: Final = {
     ("waiting", False): "SELECT",
     ("connecting", False): "SELECT",
-    ("active", False): "UPDATE sessions SET status = 'active', activated_at = clock() WHERE id = $1",
+    (
+        "active",
+        False,
+    ): f"{ACTIVATE} WHERE id = $1",
     ("waiting", True): "UPDATE sessions SET response_deadline = clock() WHERE id = $1",
     ("ended", False): """
         WITH ended AS (UPDATE sessions SET status = 'ended', ended_at = clock(), ended_seq = 0 WHERE id = $1)

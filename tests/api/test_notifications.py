@@ -3,8 +3,8 @@
 from datetime import timedelta
 from typing import Any
 
+from libs.domain.appointments.expiry import expire_pending
 from libs.domain.db import Database
-from libs.domain.sessions.expiry import expire_pending, expire_sessions
 from libs.domain.transaction import transaction
 from libs.guardrails import Principal
 from tests.api.expect import DAY, ahead, book, found, moment
@@ -99,8 +99,7 @@ async def test_both_hear_of_a_session_and_where_it_is(api: Api, clinic: Clinic) 
 async def test_both_hear_of_a_session_that_expired(api: Api, clinic: Clinic, clock: Clock) -> None:
     live = await clinic.session()
     await clock.advance(timedelta(hours=2))
-    async with transaction(clinic.database, clinic.bell) as tx:
-        await expire_sessions(tx)
+    await clinic.settle()
     await clinic.dispatch()
     assert await kinds(api, live.patient, live.doctor) == [["session_started", "session_ended"]] * 2
 

@@ -192,7 +192,7 @@ LOG_EVENTS = {
     "worker_started": "worker metrics_port",
     "worker_stopped": "worker",
     "pulse_beat_failed": "exception_type",
-    "expiry_failed": "exception_type",
+    "settlement_failed": "exception_type",
     "gauges_failed": "exception_type",
     "doorbell_lost": "exception_type",
     "flag_environment_shadowed": "flag tenant_id target environment",

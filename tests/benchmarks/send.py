@@ -23,6 +23,7 @@ from libs.guardrails import Principal, Role
 from services.cli.embedded import DATABASE, LOGIN
 from tests.benchmarks.harness import Figures, Result, fresh_copy, interleaved, named, speeds
 from tests.benchmarks.http_load import Load, Request, load
+from tests.clinic import ACTIVATE
 from tests.population import populate, settle
 from tests.processes import free_port, running_api_process, until
 from tests.running import token_of
@@ -100,7 +101,7 @@ async def open_rooms(owner_url: str, number: int) -> Sequence[Room]:
     await Converter(database, lambda *_: None, worker="benchmark", counts=False).auto_start(wait=True)
     await database.close()
     # As after the doctor's first message, which changes more than others do.
-    await connection.execute("UPDATE sessions SET status = 'active', activated_at = clock() WHERE kind = 'text'")
+    await connection.execute(f"{ACTIVATE} WHERE kind = 'text'")
     await settle(connection)
     rows = await connection.fetch(_PARTIES)
     await connection.close()

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from libs.domain.sessions import expiry
-from libs.domain.transaction import transaction
 from tests.api.calls import CANARY, Owner
 from tests.api.expect import DAY, book, found
 from tests.api.test_rollout import decided
@@ -136,8 +134,7 @@ async def test_a_call_that_nobody_took_is_a_story_too(clinic: Clinic, clock: Clo
     await clock.advance(MINUTE)
     await clinic.convert()
     await clock.advance(60 * MINUTE)
-    async with transaction(clinic.database, clinic.bell) as tx:
-        await expiry.expire_sessions(tx)
+    await clinic.settle()
     story = told(run, "explain", str(appointment_id))
     assert kinds(story) == ["booked", "due", "conversion_created", "session_created", "session_missed"]
     assert story[-1]["reason"] == "deadline"

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import asyncpg
@@ -92,16 +92,20 @@ async def test_both_parties_are_notified_once_however_often_the_event_is_deliver
     assert [tuple(row) for row in notified] == [(user, "session_started", session.ref.id) for user in everybody]
 
 
-async def unknown_modality(clinic: Clinic, doctor: Principal, patient: Principal) -> dict[str, Any]:
+Owner: TypeAlias = "asyncpg.Connection[Any]"
+BreakIt: TypeAlias = Callable[[Clinic, Owner, Principal, Principal], Awaitable[dict[str, Any]]]
+
+
+async def unknown_modality(clinic: Clinic, owner: Owner, doctor: Principal, patient: Principal) -> dict[str, Any]:
     return {"modality": "hologram"}
 
 
-async def ends_before_start(clinic: Clinic, doctor: Principal, patient: Principal) -> dict[str, Any]:
+async def ends_before_start(clinic: Clinic, owner: Owner, doctor: Principal, patient: Principal) -> dict[str, Any]:
     return {"lasts": -MINUTE}
 
 
-def inactive(party: str) -> Callable[[Clinic, Principal, Principal], Awaitable[dict[str, Any]]]:
-    async def deactivate(clinic: Clinic, doctor: Principal, patient: Principal) -> dict[str, Any]:
+def inactive(party: str) -> BreakIt:
+    async def deactivate(clinic: Clinic, owner: Owner, doctor: Principal, patient: Principal) -> dict[str, Any]:
         user = doctor if party == "doctor" else patient
         await clinic.fetchval("UPDATE users SET active = false WHERE id = $1", user.user_id)
         return {}
@@ -109,15 +113,15 @@ def inactive(party: str) -> Callable[[Clinic, Principal, Principal], Awaitable[d
     return deactivate
 
 
-def subscription(change: str) -> Callable[[Clinic, Principal, Principal], Awaitable[dict[str, Any]]]:
-    async def change_it(clinic: Clinic, doctor: Principal, patient: Principal) -> dict[str, Any]:
-        await clinic.fetchval(f"UPDATE subscriptions SET {change} WHERE patient_id = $1", patient.user_id)
+def subscription(change: str) -> BreakIt:
+    async def change_it(clinic: Clinic, owner: Owner, doctor: Principal, patient: Principal) -> dict[str, Any]:
+        await owner.execute(f"UPDATE subscriptions SET {change} WHERE patient_id = $1", patient.user_id)
         return {}
 
     return change_it
 
 
-async def in_another_session(clinic: Clinic, doctor: Principal, patient: Principal) -> dict[str, Any]:
+async def in_another_session(clinic: Clinic, owner: Owner, doctor: Principal, patient: Principal) -> dict[str, Any]:
     await clinic.session(patient=patient)
     return {}
 
@@ -136,10 +140,10 @@ async def in_another_session(clinic: Clinic, doctor: Principal, patient: Princip
     ],
 )
 async def test_a_failure_is_named_by_the_rule_that_failed(
-    clinic: Clinic, break_it: Callable[[Clinic, Principal, Principal], Awaitable[dict[str, Any]]], reason: str
+    clinic: Clinic, owner: Owner, break_it: BreakIt, reason: str
 ) -> None:
     doctor, patient = await clinic.doctor(), await clinic.patient()
-    broken = await clinic.appointment(doctor, patient, **await break_it(clinic, doctor, patient))
+    broken = await clinic.appointment(doctor, patient, **await break_it(clinic, owner, doctor, patient))
     sound = await clinic.appointment()
 
     outcomes = await clinic.convert()
@@ -156,9 +160,9 @@ async def test_a_failure_is_named_by_the_rule_that_failed(
     assert clinic.metrics.sample("appointment_sessions_created_total", modality="text") >= 1
 
 
-async def test_units_of_another_modality_do_not_help(clinic: Clinic) -> None:
+async def test_units_of_another_modality_do_not_help(clinic: Clinic, owner: "asyncpg.Connection[Any]") -> None:
     patient = await clinic.patient()
-    await clinic.fetchval("UPDATE subscriptions SET voice_calls_remaining = 0 WHERE patient_id = $1", patient.user_id)
+    await owner.execute("UPDATE subscriptions SET voice_calls_remaining = 0 WHERE patient_id = $1", patient.user_id)
     appointment_id = await clinic.appointment(patient=patient, modality="voice")
 
     assert (await clinic.convert())[appointment_id].reason == "createSession_validation_failed"

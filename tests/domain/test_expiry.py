@@ -2,16 +2,16 @@
 
 from datetime import timedelta
 
-from libs.domain.sessions.expiry import expire_pending, expire_sessions
+from libs.domain.appointments.expiry import expire_pending
 from libs.domain.transaction import transaction
-from tests.clinic import MINUTE, Clinic
+from tests.clinic import ACTIVATE, MINUTE, Clinic
 from tests.clock import Clock
 
 
 async def expire(clinic: Clinic) -> list[int]:
     async with transaction(clinic.database, clinic.bell) as tx:
         await expire_pending(tx)
-        return await expire_sessions(tx)
+    return [settled.session_id for settled in await clinic.settle() if settled.end_reason]
 
 
 async def statuses(clinic: Clinic, session_id: int) -> tuple[str, str]:
@@ -54,8 +54,11 @@ async def test_at_exactly_the_deadline_it_is_over(clinic: Clinic, clock: Clock) 
 
 async def test_an_active_session_does_not_expire(clinic: Clinic, clock: Clock) -> None:
     session = await clinic.session()
-    await clinic.fetchval("UPDATE sessions SET status = 'active' WHERE id = $1", session.ref.id)
-    await clock.advance(timedelta(days=1))
+    await clinic.fetchval(
+        f"{ACTIVATE} WHERE id = $1",
+        session.ref.id,
+    )
+    await clock.advance(99 * MINUTE)
 
     assert await expire(clinic) == []
 

@@ -102,11 +102,11 @@ async def test_parked_appointments_are_taken_up_again(clinic: Clinic) -> None:
     assert (row["status"], row["parked_at"], row["next_attempt_at"]) == ("IN_PROGRESS", None, None)
 
 
-async def test_recovery_does_not_wait_for_the_next_attempt(clinic: Clinic) -> None:
+async def test_recovery_does_not_wait_for_the_next_attempt(clinic: Clinic, owner: "asyncpg.Connection[Any]") -> None:
     patient = await clinic.patient(units=0)
     await clinic.appointment(patient=patient)
     await clinic.convert()
-    await clinic.fetchval("UPDATE subscriptions SET text_sessions_remaining = 5")
+    await owner.execute("UPDATE subscriptions SET text_sessions_remaining = 5")
 
     assert (await clinic.converter().recover(lookback=DAY, limit=100)).created_count == 1
 

@@ -33,26 +33,44 @@ APPOINTMENT, SESSION = 12, 7
 
 @dataclass(frozen=True)
 class Promise:
-    """What is promised of an operation: who may do it, whether the session must be live, and whether an
-    appointment id may be tried at all."""
+    """What is promised of an operation: who may do it, in which states of the session, whether an appointment id may
+    be tried at all, whether it concerns calls only, and whether the session's units must have begun to run."""
 
     operators: bool
-    needs_live: bool
+    states: frozenset[str]
     by_appointment: bool
+    calls_only: bool = False
+    bills: bool = False
+    charges: bool = False
+
+
+LIVE = frozenset({"waiting", "connecting", "active"})
+ANY = frozenset(SessionStatus)
 
 
 PROMISES = {
-    "send_message": Promise(operators=False, needs_live=True, by_appointment=True),
-    "get_messages": Promise(operators=True, needs_live=False, by_appointment=True),
-    "reply_to_message": Promise(operators=False, needs_live=True, by_appointment=True),
-    "add_reaction": Promise(operators=False, needs_live=True, by_appointment=True),
-    "remove_reaction": Promise(operators=False, needs_live=True, by_appointment=True),
-    "start_typing": Promise(operators=False, needs_live=True, by_appointment=True),
-    "stop_typing": Promise(operators=False, needs_live=True, by_appointment=True),
-    "mark_as_read": Promise(operators=False, needs_live=False, by_appointment=True),
-    "join": Promise(operators=False, needs_live=True, by_appointment=True),
-    "view_session": Promise(operators=True, needs_live=False, by_appointment=False),
-    "complete_session": Promise(operators=True, needs_live=False, by_appointment=False),
+    "send_message": Promise(operators=False, states=LIVE, by_appointment=True),
+    "get_messages": Promise(operators=True, states=ANY, by_appointment=True),
+    "reply_to_message": Promise(operators=False, states=LIVE, by_appointment=True),
+    "add_reaction": Promise(operators=False, states=LIVE, by_appointment=True),
+    "remove_reaction": Promise(operators=False, states=LIVE, by_appointment=True),
+    "start_typing": Promise(operators=False, states=LIVE, by_appointment=True),
+    "stop_typing": Promise(operators=False, states=LIVE, by_appointment=True),
+    "mark_as_read": Promise(operators=False, states=ANY, by_appointment=True),
+    "join": Promise(operators=False, states=LIVE, by_appointment=True),
+    "view_session": Promise(operators=True, states=ANY, by_appointment=False),
+    "complete_session": Promise(operators=True, states=ANY, by_appointment=False, bills=True),
+    "deduct_interval": Promise(operators=True, states=LIVE, by_appointment=False, bills=True, charges=True),
+    "view_billing": Promise(operators=True, states=ANY, by_appointment=False, bills=True),
+    "ring": Promise(operators=False, states=LIVE, by_appointment=False, calls_only=True),
+    "answer": Promise(operators=False, states=LIVE, by_appointment=False, calls_only=True),
+    "connect": Promise(operators=False, states=LIVE, by_appointment=False, calls_only=True),
+    "decline": Promise(
+        operators=False, states=frozenset({"connecting", "declined"}), by_appointment=False, calls_only=True
+    ),
+    "end_session": Promise(operators=True, states=ANY, by_appointment=True, bills=True, charges=True),
+    "process_payment": Promise(operators=True, states=ANY, by_appointment=True, bills=True, charges=True),
+    "process_deduction": Promise(operators=True, states=ANY, by_appointment=True, bills=True, charges=True),
 }
 
 CALLERS = {
@@ -74,8 +92,8 @@ SUBJECTS: dict[str, SessionRef | AppointmentRef] = {
     "call session": SessionRef(SessionKind.CALL, SESSION),
     "appointment": AppointmentRef(APPOINTMENT),
 }
+TEXTS = {"text session", "legacy spelling"}
 
-LIVE = {"waiting", "connecting", "active"}
 WILL_NEVER_HAVE_A_SESSION = {"CANCELLED", "EXPIRED", "COMPLETED", "NO_SHOW"}
 APPOINTMENT_STATUSES = ("PENDING", "CONFIRMED", "RESCHEDULE_PROPOSED", *sorted(WILL_NEVER_HAVE_A_SESSION))
 ALL_FLAGS = [Flags(*values) for values in product((False, True), repeat=4)]
@@ -87,8 +105,8 @@ class Case:
     subject: str
     caller: str
     active: bool
-    session: tuple[str, bool] | None
-    """Its status, and whether it is overdue."""
+    session: tuple[str, bool, bool] | None
+    """Its status, whether it is overdue, and whether its units have begun to run."""
     appointment: tuple[str, bool] | None
     """Its status, and whether it is parked."""
     flags: Flags
@@ -99,10 +117,18 @@ class Case:
     def facts(self) -> Facts:
         session = appointment = None
         if self.session:
-            status, overdue = self.session
+            status, overdue, begun = self.session
             kind = SessionKind.CALL if self.subject == "call session" else SessionKind.TEXT
             session = SessionFacts(
-                SESSION, kind, SessionStatus(status), PATIENT, DOCTOR, APPOINTMENT, conversation_id=5, overdue=overdue
+                SESSION,
+                kind,
+                SessionStatus(status),
+                PATIENT,
+                DOCTOR,
+                APPOINTMENT,
+                conversation_id=5,
+                overdue=overdue,
+                begun=begun,
             )
         if self.appointment:
             appointment_status, parked = self.appointment
@@ -111,7 +137,9 @@ class Case:
 
 
 def cases(operation: str, subject: str) -> Iterator[Case]:
-    sessions = [None, *product([status.value for status in SessionStatus], (False, True))]
+    # Only billing asks whether the units have begun to run.
+    begun = (False, True) if PROMISES[operation].bills else (False,)
+    sessions = [None, *product([status.value for status in SessionStatus], (False, True), begun)]
     for caller, active, flags, session in product(CALLERS, (False, True), ALL_FLAGS, sessions):
         if subject != "appointment":
             yield Case(operation, subject, caller, active, session, None, flags)
@@ -129,15 +157,22 @@ def promised(case: Case) -> tuple[str, Flag | None]:
     and the flag on which that hung."""
     promise = PROMISES[case.operation]
     by_appointment = case.subject == "appointment"
-    enforce, allow = Flag.ENFORCE_SESSION_GATED_CHAT, Flag.ALLOW_LEGACY_APPOINTMENT_CHAT
-    enforced, lenient = case.flags.enforce_session_gated_chat, case.flags.allow_legacy_appointment_chat
+    allow, lenient = Flag.ALLOW_LEGACY_APPOINTMENT_CHAT, case.flags.allow_legacy_appointment_chat
+    enforce, enforced, required = (
+        (Flag.ENFORCE_SESSION_GATED_BILLING, case.flags.enforce_session_gated_billing, "SESSION_BILLING_REQUIRED")
+        if promise.bills
+        else (Flag.ENFORCE_SESSION_GATED_CHAT, case.flags.enforce_session_gated_chat, "SESSION_CONTEXT_REQUIRED")
+    )
     absent = case.appointment is None if by_appointment else case.session is None
-    status, overdue = case.session or (None, False)
+    status, overdue, begun = case.session or (None, False, False)
     appointment_status = case.appointment[0] if case.appointment else None
-    over = promise.needs_live and (status not in LIVE or overdue)
+    # Past its deadline, a session is expired.
+    over = (SessionStatus.EXPIRED if overdue else status) not in promise.states
+    unbegun = promise.charges and not begun
     rules: list[tuple[bool, str, Flag | None]] = [
         (not case.active, "UNAUTHENTICATED", None),
         (by_appointment and not promise.by_appointment, "SESSION_CONTEXT_INVALID", None),
+        (case.subject in TEXTS and promise.calls_only, "SESSION_CONTEXT_INVALID", None),
         (absent and by_appointment, "APPOINTMENT_NOT_FOUND", None),
         (absent, "SESSION_NOT_FOUND", None),
         (case.caller not in TAKE_PART and by_appointment, "APPOINTMENT_NOT_FOUND", None),
@@ -145,12 +180,15 @@ def promised(case: Case) -> tuple[str, Flag | None]:
         (case.caller == "an operator" and not promise.operators, "ROLE_NOT_ALLOWED", None),
         # By session context: no flag concerns it.
         (not by_appointment and over, "SESSION_NOT_ACTIVE", None),
+        (not by_appointment and unbegun, "SESSION_NOT_CONNECTED", None),
         (not by_appointment, "allowed", None),
         # By appointment id, and it has a session: flags before state.
-        (case.session is not None and enforced, "SESSION_CONTEXT_REQUIRED", enforce),
+        (case.session is not None and enforced, required, enforce),
         (case.session is not None and over, "SESSION_NOT_ACTIVE", None),
-        (case.session is not None, "warned: SESSION_CONTEXT_REQUIRED", enforce),
+        (case.session is not None and unbegun, "SESSION_NOT_CONNECTED", None),
+        (case.session is not None, f"warned: {required}", enforce),
         # By appointment id, without a session.
+        (promise.bills, "allowed", None),
         (appointment_status in WILL_NEVER_HAVE_A_SESSION, "SESSION_NOT_ACTIVE", None),
         (lenient and appointment_status == "CONFIRMED", "warned: SESSION_NOT_READY", allow),
         (appointment_status == "CONFIRMED", "SESSION_NOT_READY", allow),

@@ -22,6 +22,7 @@ from libs.domain.outbox.append import append
 from libs.domain.outbox.dispatch import Dispatcher
 from libs.domain.outbox.events import Consumer, EventName
 from libs.domain.sessions import sessions
+from libs.domain.sessions.settlement import Settlement
 from libs.domain.transaction import Transaction
 from libs.guardrails import (
     AppointmentRef, Claim, Facts, Family, FixedFlags, Flags, Guard, Operation, Permission, Principal, Reason,
@@ -38,6 +39,7 @@ async def given(
     chat: Chat,
     bodies: Bodies,
     guard: Guard,
+    settlement: Settlement,
     caller: Principal,
     facts: Facts,
     database: Database,
@@ -77,7 +79,9 @@ PROOFS = {
     "permission to send is none to read": Proof(READ.format("reading"), READ.format("sending"), "arg-type"),
     "permission for something is none to read": Proof(READ.format("reading"), READ.format("anything"), "arg-type"),
     "permission to read is none to end": Proof(
-        "await sessions.end(tx, ending, None)", "await sessions.end(tx, reading, None)", "arg-type"
+        "await sessions.end(tx, settlement, ending, None)",
+        "await sessions.end(tx, settlement, reading, None)",
+        "arg-type",
     ),
     "an appointment's id sends nothing": Proof(SEND.format("to_send"), SEND.format("appointment_id"), "arg-type"),
     "a reference to a session sends nothing": Proof(

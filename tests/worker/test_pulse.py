@@ -17,7 +17,7 @@ from libs.guardrails import Flags
 from libs.observability.testing import capture_logs
 from services.worker.gauges import Gauges
 from services.worker.pulse import LONGEST_SLEEP, Pulse
-from tests.clinic import MINUTE, Clinic
+from tests.clinic import ACTIVATE, MINUTE, Clinic
 from tests.clock import Clock
 from tests.conftest import Urls
 from tests.processes import until
@@ -71,7 +71,10 @@ async def test_the_next_attempt_and_deadlines_are_due_moments_too(clinic: Clinic
     )
     assert 0.05 < await pulse.beat() <= 0.3
 
-    await clinic.fetchval("UPDATE sessions SET status = 'active' WHERE id = $1", session.ref.id)
+    await clinic.fetchval(
+        f"{ACTIVATE} WHERE id = $1",
+        session.ref.id,
+    )
     await clinic.appointment(starts_in=timedelta(milliseconds=200), status="PENDING")
     assert 0.05 < await pulse.beat() <= 0.2
 
@@ -209,7 +212,7 @@ async def test_what_cannot_be_expired_holds_up_neither_conversion_nor_other_sess
 
     with capture_logs() as logs:
         assert await pulse.beat() == LONGEST_SLEEP, "It must not fail again at once."
-        assert [line["exception_type"] for line in logs.lines("expiry_failed")] == ["IntegrityError"]
+        assert [line["exception_type"] for line in logs.lines("settlement_failed")] == ["IntegrityError"]
 
     assert await is_converted(clinic, appointment_id)
     status = "SELECT status FROM sessions WHERE id = $1"

@@ -7,6 +7,7 @@ from being stored, the row that is answered tells.
 
 from typing import Final
 
+from libs.domain.billing.posting import UNIT_SQL, allowance
 from libs.domain.sessions.facts import SESSION_COLUMNS
 
 # $1 id, $2 tenant id, $3 user id, $4 role, $5 client message id, $6 kind of message, $7 body, $8 sealed body,
@@ -71,12 +72,17 @@ SEND_BY_SESSION: Final = _SEND.format(
     """,
     passes="t.session_status = ANY ($15::text[]) AND NOT t.overdue",
     # The doctor's first message activates a text session; the patient's first starts the doctor's clock, once.
-    moved="""
+    moved=f"""
         UPDATE sessions s
         SET status = CASE WHEN $3 = t.doctor_id THEN 'active' ELSE s.status END,
             activated_at = CASE WHEN $3 = t.doctor_id THEN clock() END,
+            allowance_units = CASE WHEN $3 = t.doctor_id THEN allowance.units END,
+            expires_at = CASE WHEN $3 = t.doctor_id THEN clock() + allowance.units * {UNIT_SQL} ELSE s.expires_at END,
+            tick_at = CASE WHEN $3 = t.doctor_id THEN clock() END,
             response_deadline = CASE WHEN $3 = t.doctor_id THEN s.response_deadline ELSE clock() + $16::interval END
-        FROM target t, numbered
+        FROM target t CROSS JOIN numbered CROSS JOIN LATERAL (
+            SELECT {allowance("t.patient_id", "'text'")} AS units
+        ) AS allowance
         WHERE s.id = t.session_id AND t.kind = 'text' AND t.session_status = 'waiting'
           AND ($3 = t.doctor_id OR t.response_deadline IS NULL)
         RETURNING s.status

@@ -19,7 +19,8 @@ from libs.domain.chat.bodies import Bodies, StoredBody
 from libs.domain.chat.messages import Message
 from libs.domain.chat.send_statement import CONVERSATION_OF_SESSION, SEND_BY_APPOINTMENT, SEND_BY_SESSION
 from libs.domain.db import Database, driver
-from libs.domain.sessions import expiry, facts
+from libs.domain.sessions import facts
+from libs.domain.sessions.settlement import Settlement
 from libs.domain.telemetry import logger
 from libs.domain.transaction import Bell, transaction
 from libs.guardrails import AppointmentRef, Claim, Facts, Guard, Reason, Refused, SessionContext, SessionRef
@@ -62,6 +63,7 @@ class Chat:
         database: Database,
         bell: Bell,
         guard: Guard,
+        settlement: Settlement,
         bodies: Bodies,
         metrics: Metrics,
         *,
@@ -71,6 +73,7 @@ class Chat:
         self._database = database
         self._bell = bell
         self._guard = guard
+        self._settlement = settlement
         self._bodies = bodies
         self._response_window = response_window
         self._pace = timedelta(minutes=1) / messages_per_minute
@@ -106,7 +109,7 @@ class Chat:
                 return await self._sent(connection, context, row, new)
         # Not while holding a connection of the other pool.
         async with transaction(self._database, self._bell) as tx:
-            await expiry.expire_sessions(tx, only=known.session.id)
+            await self._settlement.one(tx, known.session.id)
         context = self._guard.open(claim, known)
         raise AssertionError(f"An overdue session let {context.operation.name} through.")
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import asyncpg
 
-from libs.domain.sessions.sessions import Session, session_of
+from libs.domain.sessions.sessions import COLUMNS, Session, session_of
 from libs.guardrails.operations import LIVE
 
 
@@ -51,8 +51,8 @@ _STATES: Final = f"""
     SELECT c.id AS conversation_id, c.last_seq, c.revision,
         (SELECT json_agg(json_build_object('user_id', p.user_id, 'last_read_seq', p.last_read_seq, 'active', u.active))
          FROM participants p JOIN users u ON u.id = p.user_id WHERE p.conversation_id = c.id) AS parties,
-        {", ".join(f"s.{column}" for column in Session.__dataclass_fields__)}
-    FROM conversations c LEFT JOIN sessions s ON s.id = c.session_id
+        {COLUMNS}
+    FROM conversations c LEFT JOIN sessions ON sessions.id = c.session_id
     WHERE c.id = ANY ($1)
 """
 

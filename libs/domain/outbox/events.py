@@ -12,7 +12,9 @@ class EventName(StrEnum):
     RESCHEDULE_ACCEPTED = "reschedule_accepted"
     RESCHEDULE_REJECTED = "reschedule_rejected"
     SESSION_STARTED = "session_started"
+    SESSION_ENDING_SOON = "session_ending_soon"
     SESSION_ENDED = "session_ended"
+    SESSION_CHARGED = "session_charged"
 
 
 class Lane(StrEnum):
@@ -30,6 +32,7 @@ class Consumer(StrEnum):
 
 LANES: Final[dict[EventName, Lane]] = {
     EventName.SESSION_STARTED: Lane.URGENT,
+    EventName.SESSION_ENDING_SOON: Lane.URGENT,
     EventName.SESSION_ENDED: Lane.URGENT,
 }
 """Everything not named here travels in the normal lane."""

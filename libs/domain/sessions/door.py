@@ -1,23 +1,30 @@
 """Opening a session for an operation inside a transaction: lock, decide, and only then act."""
 
+from dataclasses import dataclass
 from typing import TypeVar
 
-from libs.domain.sessions import expiry, facts
+from libs.domain.sessions import facts
+from libs.domain.sessions.settlement import Settlement
 from libs.domain.transaction import Transaction
 from libs.guardrails import Claim, Guard, Operation, SessionContext, SessionStatus
 
 Op = TypeVar("Op", bound=Operation)
 
 
-async def open_session(tx: Transaction, guard: Guard, claim: Claim[Op]) -> SessionContext[Op]:
-    """A context that holds until the transaction ends, or `Refused`.
+@dataclass(frozen=True, slots=True)
+class Door:
+    guard: Guard
+    settlement: Settlement
 
-    A session found past its deadline by an operation that it would have to be live for is expired on
-    the spot; that is kept although the request is refused.
-    """
-    operation = claim.operation
-    known = await facts.load(tx, claim.subject, claim.caller.tenant_id, lock=not operation.reads)
-    expired = False
-    if known.session and known.session.overdue and SessionStatus.EXPIRED not in operation.passes:
-        expired = bool(await expiry.expire_sessions(tx, only=known.session.id))
-    return guard.open(claim, known, keep=expired)
+    async def open(self, tx: Transaction, claim: Claim[Op]) -> SessionContext[Op]:
+        """A context that holds until the transaction ends, or `Refused`.
+
+        A session found past its deadline by an operation that it would have to be live for is ended on
+        the spot; that is kept although the request is refused.
+        """
+        operation = claim.operation
+        known = await facts.load(tx, claim.subject, claim.caller.tenant_id, lock=not operation.reads)
+        ended = False
+        if known.session and known.session.overdue and SessionStatus.EXPIRED not in operation.passes:
+            ended = await self.settlement.one(tx, known.session.id) is not None
+        return self.guard.open(claim, known, keep=ended)

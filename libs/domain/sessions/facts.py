@@ -4,6 +4,7 @@ from typing import Any, Final
 
 from sqlalchemy import text
 
+from libs.domain.tables import BEGUN_AT
 from libs.domain.transaction import Transaction
 from libs.guardrails import (
     AppointmentFacts,
@@ -15,12 +16,15 @@ from libs.guardrails import (
     SessionStatus,
 )
 
-OVERDUE: Final = "(s.status IN ('waiting', 'connecting') AND least(s.response_deadline, s.expires_at) <= clock())"
-"""Whether session `s` is past a deadline. At exactly the deadline it is."""
+UNANSWERED: Final = "(s.status IN ('waiting', 'connecting') AND least(s.response_deadline, s.expires_at) <= clock())"
+"""Whether nobody took up session `s` in time. At exactly the deadline it is too late."""
+
+OVERDUE: Final = f"({UNANSWERED} OR s.status = 'active' AND s.expires_at <= clock())"
+"""Whether session `s` is over, though that may not be stored yet: not taken up, or its allowance spent."""
 
 SESSION_COLUMNS: Final = f"""
     s.id AS session_id, s.kind, s.status AS session_status, s.patient_id, s.doctor_id, s.appointment_id,
-    c.id AS conversation_id, {OVERDUE} AS overdue"""
+    c.id AS conversation_id, {OVERDUE} AS overdue, {BEGUN_AT} IS NOT NULL AS begun"""
 
 _BY_SESSION: Final = f"""
     SELECT {SESSION_COLUMNS}
@@ -51,6 +55,7 @@ def session_facts(row: Any) -> SessionFacts:
         appointment_id=row["appointment_id"],
         conversation_id=row["conversation_id"],
         overdue=row["overdue"],
+        begun=row["begun"],
     )
 
 

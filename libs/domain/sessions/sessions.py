@@ -1,28 +1,25 @@
 """Sessions as their participants see them, and how they end."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Row, select, text
+from sqlalchemy import Row, literal_column, select
 
-from libs.domain.outbox.append import append
-from libs.domain.outbox.events import EventName
 from libs.domain.pages import Page, page_of
-from libs.domain.sessions import expiry
-from libs.domain.tables import sessions
-from libs.domain.telemetry import logger
+from libs.domain.sessions.settlement import Ending, Settled, Settlement
+from libs.domain.tables import BEGUN_AT, sessions
 from libs.domain.transaction import Transaction
 from libs.guardrails import Principal, Role, SessionContext, SessionKind, SessionRef, SessionStatus
-from libs.guardrails.operations import LIVE, CompleteSession, ViewSession
-
-_log: Final = logger("sessions")
+from libs.guardrails.operations import CompleteSession, ViewSession
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
     """A session as stored; times are UTC. `response_deadline` is when a waiting text session expires
-    unless the doctor answers, and is None until the patient's first message."""
+    unless the doctor answers, and is None until the patient's first message; of a call, when it is missed
+    unless the other party answers, and None until somebody rings. `remaining_seconds` is how much of the allowance
+    is left, None while none runs."""
 
     id: int
     tenant_id: int
@@ -40,29 +37,28 @@ class Session:
     ended_at: datetime | None
     end_reason: str | None
     units_charged: int
+    warned_at: datetime | None
+    remaining_seconds: int | None = field(compare=False)
 
     @property
     def context(self) -> str:
         return str(SessionRef(self.kind, self.id))
 
 
-_COLUMNS: Final = [sessions.c[name] for name in Session.__dataclass_fields__]
+_REMAINING: Final = f"""
+    CASE WHEN status = 'active' AND {BEGUN_AT} IS NOT NULL
+        THEN greatest(0, ceil(extract(epoch FROM expires_at - clock())))::int END"""
 
-_END: Final = text(
-    """
-    UPDATE sessions SET status = 'ended', ended_at = clock(), ended_by = :ended_by, end_reason = :reason,
-        ended_seq = (SELECT last_seq FROM conversations WHERE id = :conversation_id)
-    WHERE id = :id
-    """
-)
-_COMPLETE: Final = text(
-    "UPDATE appointments SET status = 'COMPLETED', updated_at = clock() WHERE id = :id AND status = 'IN_PROGRESS'"
-)
+_STORED: Final = [name for name in Session.__dataclass_fields__ if name != "remaining_seconds"]
+COLUMNS: Final = f"{', '.join(f'sessions.{name}' for name in _STORED)}, {_REMAINING} AS remaining_seconds"
+"""What a `Session` is made of, in SQL, of the table `sessions`."""
+
+_COLUMNS: Final = [*(sessions.c[name] for name in _STORED), literal_column(_REMAINING).label("remaining_seconds")]
 
 
 async def view(tx: Transaction, context: SessionContext[ViewSession]) -> Session:
     assert context.session is not None
-    return await _get(tx, context.session.id)
+    return await get(tx, context.session.id)
 
 
 async def listed(
@@ -80,61 +76,23 @@ async def listed(
     return await page_of(tx, statement, sessions.c.id, cursor, limit, _session)
 
 
-async def end(tx: Transaction, context: SessionContext[CompleteSession], reason: str | None) -> tuple[Session, bool]:
-    """Ends the session, whose row the context holds locked; answers it and whether it was over before.
+async def end(
+    tx: Transaction, settlement: Settlement, context: SessionContext[CompleteSession], reason: str | None
+) -> tuple[Session, Settled | None]:
+    """Ends the session, whose row the context holds locked; answers it and what that charged, or None if it was
+    over before.
 
     The appointment is completed and both parties become free in the same transaction. `ended_seq` is
     read under the lock, so no message can get a number after it.
     """
     facts = context.session
     assert facts is not None
-    if facts.overdue:
-        await expiry.expire_sessions(tx, only=facts.id)
-    elif facts.status in LIVE:
-        reason = reason or f"ended_by_{context.caller.role}"
-        parameters = {
-            "id": facts.id,
-            "conversation_id": facts.conversation_id,
-            "ended_by": context.caller.user_id,
-            "reason": reason,
-        }
-        await tx.execute(_END, parameters)
-        if facts.appointment_id is not None:
-            await tx.execute(_COMPLETE, {"id": facts.appointment_id})
-        await _announce_end(tx, context, reason)
-        return await _get(tx, facts.id), False
-    return await _get(tx, facts.id), True
+    ending = Ending("end", context.caller.user_id, reason or f"ended_by_{context.caller.role}")
+    settled = await settlement.one(tx, facts.id, ending)
+    return await get(tx, facts.id), None if facts.overdue else settled
 
 
-async def _announce_end(tx: Transaction, context: SessionContext[CompleteSession], reason: str) -> None:
-    facts = context.session
-    assert facts is not None
-    await append(
-        tx,
-        EventName.SESSION_ENDED,
-        tenant_id=context.caller.tenant_id,
-        aggregate=f"appointment:{facts.appointment_id}" if facts.appointment_id else f"session:{facts.id}",
-        payload={
-            "appointment_id": facts.appointment_id,
-            "session_id": facts.id,
-            "session_context": str(facts.ref),
-            "end_reason": reason,
-            "patient_id": facts.patient_id,
-            "doctor_id": facts.doctor_id,
-        },
-    )
-    await expiry.unblock(tx, [facts.patient_id, facts.doctor_id], session_ended=True)
-    tx.changed(facts.conversation_id)
-    _log.info(
-        "session_state_changed",
-        session_id=facts.id,
-        appointment_id=facts.appointment_id,
-        status="ended",
-        user_id=context.caller.user_id,
-    )
-
-
-async def _get(tx: Transaction, session_id: int) -> Session:
+async def get(tx: Transaction, session_id: int) -> Session:
     return _session((await tx.execute(select(*_COLUMNS).where(sessions.c.id == session_id))).one())
 
 

@@ -6,7 +6,6 @@ from fastapi import Request
 from starlette.websockets import WebSocket
 
 from libs.domain import tickets
-from libs.domain.sessions.door import open_session
 from libs.guardrails import Claim, Permission, Principal, parse_context
 from libs.guardrails.operations import Join
 from services.api.guards import Tx, acting, guarded_router, guarded_websocket, runtime_of
@@ -44,7 +43,7 @@ async def create_socket_ticket(
     """Opens one socket in the place of a token, for browsers, which cannot send headers with a handshake."""
     token: Token = request.state.token
     claim = Claim(Join, caller, parse_context(wanted.context))
-    context = await open_session(tx, runtime_of(request).guard, claim)
+    context = await runtime_of(request).door.open(tx, claim)
     ticket = await tickets.issue(tx, context, claim.subject, seconds_left=token.seconds_left)
     return TicketOut(ticket=ticket.value, expires_at=ticket.expires_at)
 

@@ -10,7 +10,6 @@ from libs.domain import people
 from libs.domain.chat import conversations, presence, reactions, reading
 from libs.domain.chat.sending import NewMessage
 from libs.domain.runtime import Runtime
-from libs.domain.sessions.door import open_session
 from libs.domain.transaction import Transaction
 from libs.guardrails import Claim, Operation, Reason, Refused, SessionContext
 from libs.guardrails import operations as op
@@ -165,7 +164,7 @@ class Socket:
     async def _open(self, tx: Transaction, operation: type[Op]) -> SessionContext[Op]:
         if not await people.is_active(tx, self._caller):
             raise Refused(Reason.UNAUTHENTICATED)
-        return await open_session(tx, self._runtime.guard, self._claim(operation))
+        return await self._runtime.door.open(tx, self._claim(operation))
 
     def _send(self, frame: frames.ServerFrame) -> None:
         self._wire.write(frames.encode(frame))

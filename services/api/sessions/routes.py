@@ -1,12 +1,14 @@
 from typing import Annotated
 
+from fastapi import Request
+
 from libs.domain.sessions import sessions
 from libs.guardrails import Permission, Principal, Reason, SessionStatus
 from libs.guardrails.operations import CompleteSession, ViewSession
 from libs.observability.tracing import span
-from services.api.guards import Can, Tx, acting, guarded_router
+from services.api.guards import Can, Tx, acting, guarded_router, runtime_of
 from services.api.schemas import DEFAULT_LIMIT, Cursor, Limit, PageOut, page_out, refusals
-from services.api.sessions.schemas import BillingOut, EndedOut, EndSession, SessionOut
+from services.api.sessions.schemas import BillingOut, EndedOut, EndSession, PayoutOut, SessionOut
 
 router = guarded_router("/sessions", tag="sessions")
 
@@ -32,9 +34,19 @@ async def get_session(context: Can[ViewSession], tx: Tx) -> SessionOut:
 
 
 @router.post("/{context}/end", responses=_CONTEXT)
-async def end_session(context: Can[CompleteSession], tx: Tx, body: EndSession | None = None) -> EndedOut:
+async def end_session(
+    context: Can[CompleteSession], request: Request, tx: Tx, body: EndSession | None = None
+) -> EndedOut:
     """Ends the session for both parties; repeating it changes nothing and says so."""
+    reason = body.reason if body else None
     with span("session.end"):
-        session, already_ended = await sessions.end(tx, context, body.reason if body else None)
-    billing = BillingOut(units_charged=session.units_charged, units_added=0, payouts=[])
-    return EndedOut(session=SessionOut.model_validate(session), billing=billing, already_ended=already_ended)
+        session, settled = await sessions.end(tx, runtime_of(request).settlement, context, reason)
+    return EndedOut(
+        session=SessionOut.model_validate(session),
+        billing=BillingOut(
+            units_charged=session.units_charged,
+            units_added=settled.units_added if settled else 0,
+            payouts=[PayoutOut.model_validate(payout) for payout in settled.payouts] if settled else [],
+        ),
+        already_ended=settled is None,
+    )

@@ -31,7 +31,7 @@ class SessionOut(Out):
     ended_at: datetime | None
     end_reason: str | None
     units_charged: int
-    remaining_seconds: int | None = None
+    remaining_seconds: int | None
 
 
 class PayoutOut(Out):
