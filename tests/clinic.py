@@ -24,7 +24,7 @@ ACTIVATE = """
     UPDATE sessions SET status = 'active', activated_at = clock(), allowance_units = 10,
         expires_at = clock() + interval '100 minutes', tick_at = clock() + interval '10 minutes'
 """
-"""What the doctor's first message does to a text session."""
+"""What the doctor's first message does to text sessions."""
 
 
 class RecordingBell:
@@ -157,6 +157,20 @@ class Clinic:
         assert session_id is not None, "The appointment was not converted."
         kind = SessionKind.TEXT if modality == "text" else SessionKind.CALL
         return LiveSession(SessionRef(kind, session_id), appointment_id, patient, doctor)
+
+    async def begin(self, session: LiveSession, *, ago: timedelta = timedelta(), allowance: int = 10) -> None:
+        """Makes the session active and its units run, as if since so long ago."""
+        await self.fetchval(
+            """
+            UPDATE sessions SET status = 'active', activated_at = clock() - $2::interval,
+                connected_at = CASE kind WHEN 'call' THEN clock() - $2::interval END, allowance_units = $3,
+                expires_at = clock() - $2::interval + $3::int * interval '10 minutes', tick_at = clock()
+            WHERE id = $1
+            """,
+            session.ref.id,
+            ago,
+            allowance,
+        )
 
     async def message(self, session: LiveSession, body: str = "Hello", sender: Principal | None = None) -> int:
         """Stores a message, by the patient unless told otherwise; its id."""

@@ -24,7 +24,7 @@ _NOTIFY: Final = """
 """
 
 # What happens is told; what it costs is asked for.
-_UNTOLD: Final = frozenset({EventName.SESSION_CHARGED})
+_UNTOLD: Final = frozenset({EventName.SESSION_CHARGED, EventName.CHARGES_REFUNDED})
 
 
 @dataclass(frozen=True, slots=True)

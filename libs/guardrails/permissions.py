@@ -26,6 +26,8 @@ class Permission(StrEnum):
     PROPOSE_NEW_TIMES = "propose_new_times"
     ANSWER_PROPOSALS = "answer_proposals"
     REPORT_PRESENCE = "report_presence"
+    SEE_BALANCE = "see_balance"
+    REFUND_CHARGES = "refund_charges"
     ADMINISTER_PEOPLE = "administer_people"
     ADMINISTER_FLAGS = "administer_flags"
     SEE_OPERATIONS = "see_operations"
@@ -47,6 +49,8 @@ ROLES: dict[Permission, frozenset[Role]] = {
     Permission.PROPOSE_NEW_TIMES: frozenset({Role.DOCTOR, Role.OPERATOR}),
     Permission.ANSWER_PROPOSALS: frozenset({Role.PATIENT}),
     Permission.REPORT_PRESENCE: frozenset({Role.PATIENT, Role.DOCTOR}),
+    Permission.SEE_BALANCE: frozenset({Role.PATIENT, Role.DOCTOR}),
+    Permission.REFUND_CHARGES: frozenset({Role.OPERATOR}),
     Permission.ADMINISTER_PEOPLE: frozenset({Role.OPERATOR}),
     Permission.ADMINISTER_FLAGS: frozenset({Role.OPERATOR}),
     Permission.SEE_OPERATIONS: frozenset({Role.OPERATOR}),

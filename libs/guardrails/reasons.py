@@ -153,6 +153,12 @@ class Reason(Enum):
         "No sessions remaining",
         "The patient has no unexpired subscription with units left for this modality.",
     )
+    NOTHING_TO_REFUND = (
+        "NOTHING_TO_REFUND",
+        Kind.CONFLICT,
+        "Nothing to refund",
+        "Nothing was charged for this, or all of it was refunded before.",
+    )
     SLOT_TAKEN = (
         "SLOT_TAKEN",
         Kind.CONFLICT,

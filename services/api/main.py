@@ -27,6 +27,7 @@ from services.api.admin.decisions import router as decisions
 from services.api.admin.flags import router as admin_flags
 from services.api.admin.routes import router as admin
 from services.api.appointments.routes import router as appointments
+from services.api.billing import routes as billing
 from services.api.chat.routes import router as chat
 from services.api.identity import Identity, identity_of
 from services.api.middleware import BoundedBody, SecurityHeaders
@@ -42,7 +43,20 @@ from services.api.sessions.routes import router as sessions
 from services.api.settings import ApiSettings, origins_of
 
 # In the order in which a request tries them, the busiest first.
-ROOMS: Final = (chat, sessions, appointments, realtime, notifications, people, admin, decisions, admin_flags)
+ROOMS: Final = (
+    chat,
+    sessions,
+    billing.sessions_router,
+    appointments,
+    realtime,
+    notifications,
+    people,
+    billing.balance_router,
+    admin,
+    billing.operators_router,
+    decisions,
+    admin_flags,
+)
 BASE: Final = "/api/v1"
 GRACE_SECONDS: Final = 15
 FRAME_LIMIT: Final = 65_536

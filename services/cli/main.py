@@ -15,6 +15,7 @@ COMMANDS: Final = {
     "token": "services.cli.people:token",
     "tenants": "services.cli.people:tenants",
     "appointments": "services.cli.appointments:app",
+    "billing": "services.cli.billing:app",
     "keys": "services.cli.keys:app",
     "flags": "services.cli.flags:app",
     "explain": "services.cli.explain:explain",

@@ -12,7 +12,7 @@ from libs.domain.tables import metadata
 from libs.guardrails import Principal
 from services.api.public import PUBLIC
 from tests.api.expect import DAY, ahead, problem
-from tests.clinic import Clinic
+from tests.clinic import ACTIVATE, MINUTE, Clinic
 from tests.running import Api, token_of
 
 Owner: TypeAlias = "asyncpg.Connection[Any]"
@@ -89,7 +89,10 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
     def on(message_id: int) -> dict[str, str]:
         return {"context": chatting.context, "message_id": str(message_id)}
 
-    shown, chatting, ending = [await clinic.session() for _ in range(3)]
+    shown, chatting, ending, running, billed = [await clinic.session() for _ in range(5)]
+    await clinic.fetch(f"{ACTIVATE} WHERE id = $1", running.ref.id)
+    await clinic.begin(billed, ago=11 * MINUTE)
+    await clinic.settle()
     subscription = {
         "patient_id": patient.user_id,
         "plan": "basic",
@@ -128,6 +131,10 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
         "list_sessions": (patient, {}, {}),
         "get_session": (shown.patient, {"context": shown.context}, {}),
         "end_session": (ending.patient, {"context": ending.context}, {"reason": "all is said"}),
+        "deduct_interval": (running.patient, {"context": running.context}, {}),
+        "get_session_billing": (billed.patient, {"context": billed.context}, {}),
+        "get_balance": (patient, {}, {}),
+        "create_refund": (operator, {}, {"session_context": billed.context, "unit": 1, "reason": "it was cut off"}),
         "send_message": (chatting.patient, {"context": chatting.context}, message),
         "get_messages": (chatting.patient, {"context": chatting.context}, {}),
         "reply_to_message": (chatting.patient, on(stored[0]), reply),

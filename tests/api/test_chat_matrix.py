@@ -52,7 +52,7 @@ class Place:
         """What the promises are asked about this place: the session of another kind is none."""
         subject = SUBJECTS[spelling]
         addressed = isinstance(subject, AppointmentRef) or subject.kind == self.kind
-        session = self.session if addressed else None
+        session = (*self.session, False) if addressed and self.session else None
         return Case(operation, spelling, "the patient", True, session, self.appointment, flags)
 
 
@@ -60,10 +60,7 @@ class Place:
 COMES_ABOUT: Final = {
     ("waiting", False): "SELECT",
     ("connecting", False): "SELECT",
-    (
-        "active",
-        False,
-    ): f"{ACTIVATE} WHERE id = $1",
+    ("active", False): f"{ACTIVATE} WHERE id = $1",
     ("waiting", True): "UPDATE sessions SET response_deadline = clock() WHERE id = $1",
     ("ended", False): """
         WITH ended AS (UPDATE sessions SET status = 'ended', ended_at = clock(), ended_seq = 0 WHERE id = $1)

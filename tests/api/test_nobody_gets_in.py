@@ -45,6 +45,11 @@ list_sessions             own     own      own      own     own     403      own
 get_session               200     200      200      404     404     404      404     404      404     404
 end_session               200     200      200      404     404     404      404     404      404     404
 
+deduct_interval           200     200      200      404     404     404      404     404      404     404
+get_session_billing       200     200      200      404     404     404      404     404      404     404
+get_balance               200     200      403      200     200     403      200     200      403     403
+create_refund             403     403      201      403     403     403      403     403      404     403
+
 send_message              201     201      403      404     404     404      404     404      404     404
 get_messages              200     200      200      404     404     404      404     404      404     404
 reply_to_message          201     201      403      404     404     404      404     404      404     404
@@ -95,7 +100,11 @@ def not_found(names: dict[str, Any]) -> str:
     """What tells somebody without a right that there is nothing, by what the request names."""
     if "user_id" in names:
         return "NOT_FOUND"
-    return "SESSION_NOT_FOUND" if ":" in names.get("context", "") else "APPOINTMENT_NOT_FOUND"
+    return (
+        "SESSION_NOT_FOUND"
+        if ":" in names.get("context", names.get("session_context", ""))
+        else "APPOINTMENT_NOT_FOUND"
+    )
 
 
 async def bystanders(clinic: Clinic) -> dict[str, Principal]:

@@ -43,6 +43,7 @@ REFUSALS = {
     "SESSION_NOT_CONNECTED": 409,
     "SESSION_CONFLICT": 409,
     "NO_SESSIONS_REMAINING": 402,
+    "NOTHING_TO_REFUND": 409,
     "SLOT_TAKEN": 409,
     "INVALID_TRANSITION": 409,
     "IDEMPOTENCY_CONFLICT": 409,
@@ -70,7 +71,11 @@ FLAGS = {
 }
 EVENTS = (
     "appointment_confirmed appointment_cancelled appointment_expired reschedule_proposed reschedule_accepted"
-    " reschedule_rejected session_started session_ended"
+    " reschedule_rejected session_started session_ending_soon session_ended session_charged charges_refunded"
+)
+OPERATIONS_OF_SESSIONS = (
+    "view_session complete_session deduct_interval view_billing ring answer connect decline"
+    " end_session process_payment process_deduction"
 )
 MODULES = "telephony conversation scheduling catalog compliance billing reporting infra"
 CHAT = (
@@ -93,10 +98,11 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "guard_verdicts_total": (
         "counter",
         {
-            "operation": f"{CHAT} view_session complete_session",
+            "operation": f"{CHAT} {OPERATIONS_OF_SESSIONS}",
             "verdict": "allowed warned refused",
             "reason": "none UNAUTHENTICATED SESSION_CONTEXT_INVALID SESSION_NOT_FOUND APPOINTMENT_NOT_FOUND"
-            " ROLE_NOT_ALLOWED SESSION_CONTEXT_REQUIRED SESSION_BILLING_REQUIRED SESSION_NOT_READY SESSION_NOT_ACTIVE",
+            " ROLE_NOT_ALLOWED SESSION_CONTEXT_REQUIRED SESSION_BILLING_REQUIRED SESSION_NOT_READY SESSION_NOT_ACTIVE"
+            " SESSION_NOT_CONNECTED",
         },
     ),
     "legacy_identifier_total": ("counter", {}),
@@ -124,6 +130,11 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "chat_messages_total": ("counter", {"direction": "sent received broadcast"}),
     "chat_message_retries_total": ("counter", {}),
     "chat_message_processing_duration_seconds": ("histogram", {"direction": "sent received broadcast"}),
+    "chat_session_duration_seconds": ("histogram", {"modality": "text voice video"}),
+    "chat_session_messages": ("histogram", {}),
+    "billing_units_charged_total": ("counter", {"modality": "text voice video"}),
+    "billing_payout_minor_total": ("counter", {"currency": OPEN}),
+    "settlement_duration_seconds": ("histogram", {}),
     "appointments_due_count": ("gauge", {}),
     "appointments_needs_attention": ("gauge", {}),
     "appointment_session_conversion_attempted_total": ("counter", {"task": "auto_start recovery legacy"}),
@@ -181,6 +192,8 @@ LOG_EVENTS = {
     "chat_connection_refused": "category error_code correlation_id",
     "rooms_failed": "exception_type",
     "session_state_changed": "session_id status",
+    "session_charged": "session_id appointment_id units_added units_charged tenant_id",
+    "charges_refunded": "session_id appointment_id units tenant_id",
     "appointment_auto_start_run": OF_A_RUN,
     "appointment_recovery_run": OF_A_RUN,
     "appointment_session_conversion": "appointment_id result session_id failure_reason error_message modality source"
@@ -214,6 +227,7 @@ SPANS = {
     "scheduling.book",
     "chat.send",
     "session.end",
+    "billing.settle",
     "appointments.auto_start",
     "appointments.recover",
     "appointments.convert",
@@ -241,6 +255,10 @@ ROUTES = {
     "GET /api/v1/sessions",
     "GET /api/v1/sessions/{context}",
     "POST /api/v1/sessions/{context}/end",
+    "POST /api/v1/sessions/{context}/deductions",
+    "GET /api/v1/sessions/{context}/billing",
+    "GET /api/v1/billing/balance",
+    "POST /api/v1/admin/refunds",
     "GET /api/v1/chat/{context}/messages",
     "POST /api/v1/chat/{context}/messages",
     "POST /api/v1/chat/{context}/messages/{message_id}/replies",
@@ -270,6 +288,15 @@ BODIES = {
     " response_deadline activated_at connected_at ended_at end_reason units_charged remaining_seconds",
     "EndedOut": "session billing already_ended",
     "BillingOut": "units_charged units_added payouts",
+    "DeductedOut": "units_charged units_added",
+    "LedgerOut": "session_context units_charged units_refunded items",
+    "LineOut": "id kind unit reverses created_at entries",
+    "EntryOut": "account subscription_id doctor_id commodity amount",
+    "BalanceOut": "units wallets",
+    "UnitsOut": "text voice video",
+    "WalletOut": "currency balance_minor",
+    "RefundIn": "session_context appointment_id unit reason",
+    "RefundOut": "units_refunded items",
     "MessageOut": "id seq client_message_id sender kind body media_url reply_to reactions sent_at",
     "HistoryOut": "items has_more last_seq",
     "NotificationOut": "id kind appointment_id session_context created_at read_at",
@@ -309,7 +336,7 @@ def test_flags_keep_their_names_everywhere() -> None:
 
 
 def test_operations_and_events_keep_their_names() -> None:
-    assert set(OPERATIONS) == {*CHAT.split(), "view_session", "complete_session"}
+    assert set(OPERATIONS) == {*CHAT.split(), *OPERATIONS_OF_SESSIONS.split()}
     assert list(EventName) == EVENTS.split()
 
 

@@ -246,6 +246,10 @@ def test_every_job_has_a_handler_and_a_worker_without_one_does_not_start() -> No
     assert {job.__name__ for job in JOBS.values()} <= mentioned
 
 
+# What a session costs is no news for its parties.
+OF_MONEY = {EventName.SESSION_CHARGED, EventName.CHARGES_REFUNDED}
+
+
 async def test_every_event_finds_its_way_to_both_parties(clinic: Clinic) -> None:
     doctor, patient = await clinic.doctor(), await clinic.patient()
     payload = {"patient_id": patient.user_id, "doctor_id": doctor.user_id}
@@ -255,7 +259,7 @@ async def test_every_event_finds_its_way_to_both_parties(clinic: Clinic) -> None
     assert await clinic.dispatch() == len(EventName) * len(Consumer)
     told = await clinic.fetch("SELECT user_id, kind FROM notifications")
     assert {(row["user_id"], row["kind"]) for row in told} == {
-        (party.user_id, name.value) for party in (doctor, patient) for name in EventName
+        (party.user_id, name.value) for party in (doctor, patient) for name in EventName if name not in OF_MONEY
     }
 
 

@@ -15,6 +15,7 @@ class EventName(StrEnum):
     SESSION_ENDING_SOON = "session_ending_soon"
     SESSION_ENDED = "session_ended"
     SESSION_CHARGED = "session_charged"
+    CHARGES_REFUNDED = "charges_refunded"
 
 
 class Lane(StrEnum):

@@ -11,7 +11,7 @@ from libs.domain.sessions.settlement import Ending, Settled, Settlement
 from libs.domain.tables import BEGUN_AT, sessions
 from libs.domain.transaction import Transaction
 from libs.guardrails import Principal, Role, SessionContext, SessionKind, SessionRef, SessionStatus
-from libs.guardrails.operations import CompleteSession, ViewSession
+from libs.guardrails.operations import CompleteSession, DeductInterval, ViewSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,15 @@ async def end(
     ending = Ending("end", context.caller.user_id, reason or f"ended_by_{context.caller.role}")
     settled = await settlement.one(tx, facts.id, ending)
     return await get(tx, facts.id), None if facts.overdue else settled
+
+
+async def charge(
+    tx: Transaction, settlement: Settlement, context: SessionContext[DeductInterval]
+) -> tuple[Session, Settled | None]:
+    """Charges the whole units that have run; answers the session and what that added."""
+    assert context.session is not None
+    settled = await settlement.one(tx, context.session.id)
+    return await get(tx, context.session.id), settled
 
 
 async def get(tx: Transaction, session_id: int) -> Session:

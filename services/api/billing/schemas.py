@@ -1,0 +1,82 @@
+from datetime import datetime
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from services.api.schemas import Id, In, Out, SafeStr
+
+
+class DeductedOut(Out):
+    """`units_charged` in all, `units_added` by this request."""
+
+    units_charged: int
+    units_added: int
+
+
+class EntryOut(Out):
+    """`amount` is in units of a modality, or in the minor unit of a currency."""
+
+    account: str
+    subscription_id: int | None
+    doctor_id: int | None
+    commodity: str
+    amount: int
+
+
+class LineOut(Out):
+    """A transaction of the ledger, whose entries sum to zero per commodity."""
+
+    id: int
+    kind: str
+    unit: int | None
+    reverses: int | None
+    created_at: datetime
+    entries: list[EntryOut]
+
+
+class LedgerOut(Out):
+    """`units_refunded` of the units that were charged have been taken back."""
+
+    session_context: str
+    units_charged: int
+    units_refunded: int
+    items: list[LineOut]
+
+
+class UnitsOut(Out):
+    text: int
+    voice: int
+    video: int
+
+
+class WalletOut(Out):
+    currency: str
+    balance_minor: int
+
+
+class BalanceOut(Out):
+    """Of a patient the units that remain; of a doctor the wallets. The other is null."""
+
+    units: UnitsOut | None
+    wallets: list[WalletOut] | None
+
+
+class RefundIn(In):
+    """What was charged for a session, or the legacy way for an appointment; without `unit`, all of it."""
+
+    session_context: SafeStr | None = None
+    appointment_id: Id | None = None
+    unit: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] | None = None
+    reason: Annotated[SafeStr, Field(max_length=500)] | None = None
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Self:
+        if (self.session_context is None) == (self.appointment_id is None):
+            raise PydanticCustomError("subject", "Must name either session_context or appointment_id.")
+        return self
+
+
+class RefundOut(Out):
+    units_refunded: int
+    items: list[LineOut]
