@@ -3,7 +3,7 @@
 import asyncio
 import sys
 
-from tests.benchmarks import conversion, fanout, growth, latency, send
+from tests.benchmarks import conversion, fanout, growth, latency, send, settlement
 from tests.benchmarks.harness import console, keep, show
 
 BENCHMARKS = {
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "growth": growth.run,
     "latency": latency.run,
     "send": send.run,
+    "settlement": settlement.run,
 }
 
 

@@ -23,29 +23,33 @@ _END_OF_HEAD: Final = b"\r\n\r\n"
 
 
 class UnexpectedAnswerError(Exception):
-    """Something else than 201; tells the answer."""
+    """Something else than what was expected; tells the answer."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The bytes of a request before and after a number of `Request.DIGITS` digits, which is never the same twice."""
+    """The bytes of a request before and after a number of `Request.DIGITS` digits, which is never the same twice;
+    `after` is None when it holds no number."""
 
     before: bytes
-    after: bytes
+    after: bytes | None
 
     DIGITS = 12
 
     @classmethod
     def post(cls, path: str, body: bytes, token: str | None = None) -> "Request":
-        """`body` holds the number's place as `%d`."""
-        before, _, after = body.partition(b"%d")
+        """`body` holds the number's place as `%d`, if anywhere."""
+        before, found, after = body.partition(b"%d")
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         if token:
             head += f"Authorization: Bearer {token}\r\n"
-        head += f"Content-Length: {len(before) + cls.DIGITS + len(after)}\r\n\r\n"
-        return cls(head.encode() + before, after)
+        length = len(before) + len(after) + (cls.DIGITS if found else 0)
+        head += f"Content-Length: {length}\r\n\r\n"
+        return cls(head.encode() + before, after if found else None)
 
     def numbered(self, number: int) -> bytes:
+        if self.after is None:
+            return self.before
         return b"%b%0*d%b" % (self.before, self.DIGITS, number, self.after)
 
 
@@ -55,45 +59,61 @@ class Load:
 
     port: int
     requests: Sequence[Request]
+    status: int = 201
     connections: int = 16
     warm_up_seconds: float = 2.0
     seconds: float = 8.0
 
 
-async def load(wanted: Load) -> Figures:
+@dataclass(frozen=True)
+class Once:
+    """Each request is sent once, since it has its effect once; the first ones, so many, are not counted."""
+
+    port: int
+    requests: Sequence[Request]
+    status: int = 200
+    connections: int = 16
+    warm_up: int = 0
+
+
+async def load(wanted: Load | Once) -> Figures:
     """Requests per second, latencies in ms, and the client's own processor time per request in us. Raises
-    an ExceptionGroup of `UnexpectedAnswerError` when a request is answered with anything but 201."""
+    an ExceptionGroup of `UnexpectedAnswerError` when a request is answered with another status than wanted."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return await asyncio.get_running_loop().run_in_executor(process, _drive, wanted)
 
 
-def _drive(wanted: Load) -> Figures:
+def _drive(wanted: Load | Once) -> Figures:
     return uvloop.run(_Drive(wanted).run())
 
 
 class _Drive:
     """One run of the load."""
 
-    def __init__(self, wanted: Load) -> None:
+    def __init__(self, wanted: Load | Once) -> None:
         self._wanted: Final = wanted
+        self.expected: Final = b"%d" % wanted.status
         self._numbers: Final = count(time.time_ns() // 1000 % 10**Request.DIGITS)  # beyond those of an earlier run
-        self._requests: Final = cycle(wanted.requests)
+        self._requests: Final = iter(wanted.requests) if isinstance(wanted, Once) else cycle(wanted.requests)
+        self._warm_up = wanted.warm_up if isinstance(wanted, Once) else 0
         self.counting = False
         self.ending = False
         self.latencies: Final[list[float]] = []
 
     async def run(self) -> Figures:
         loop = asyncio.get_running_loop()
-        expected = self._wanted.warm_up_seconds + self._wanted.seconds
-        async with asyncio.timeout(expected + PATIENCE_SECONDS), asyncio.TaskGroup() as connections:
+        async with asyncio.timeout(10 * PATIENCE_SECONDS), asyncio.TaskGroup() as connections:
             for _ in range(self._wanted.connections):
                 _, connection = await loop.create_connection(lambda: _Connection(self), "127.0.0.1", self._wanted.port)
                 connections.create_task(connection.closed())
-            await asyncio.sleep(self._wanted.warm_up_seconds)
-            self.counting, began, spent = True, time.perf_counter(), time.process_time()
-            await asyncio.sleep(self._wanted.seconds)
-            self.counting, took, spent = False, time.perf_counter() - began, time.process_time() - spent
-            self.ending = True
+            if isinstance(self._wanted, Load):
+                await asyncio.sleep(self._wanted.warm_up_seconds)
+                self._count()
+                await asyncio.sleep(self._wanted.seconds)
+                self._stop_counting()
+        if isinstance(self._wanted, Once):
+            self._stop_counting()
+        took, spent = self._took, self._spent
         self.latencies.sort()
         return {
             "per_second": len(self.latencies) / took,
@@ -102,8 +122,22 @@ class _Drive:
             "client_us": spent / len(self.latencies) * 1e6,
         }
 
-    def next_request(self) -> bytes:
-        return next(self._requests).numbered(next(self._numbers))
+    def _count(self) -> None:
+        self.counting, self._began, self._spent = True, time.perf_counter(), time.process_time()
+
+    def _stop_counting(self) -> None:
+        self.counting, self.ending = False, True
+        self._took, self._spent = time.perf_counter() - self._began, time.process_time() - self._spent
+
+    def next_request(self) -> bytes | None:
+        """None when there are no more."""
+        if self.ending or (request := next(self._requests, None)) is None:
+            return None
+        if isinstance(self._wanted, Once) and not self.counting:
+            if self._warm_up == 0:
+                self._count()
+            self._warm_up -= 1
+        return request.numbered(next(self._numbers))
 
 
 class _Connection(asyncio.Protocol):
@@ -123,8 +157,13 @@ class _Connection(asyncio.Protocol):
         self._send()
 
     def _send(self) -> None:
+        request = self._drive.next_request()
+        if request is None:
+            self._closed.set_result(None)
+            self._transport.close()
+            return
         self._began = time.perf_counter()
-        self._transport.write(self._drive.next_request())
+        self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         received = self._received + data
@@ -141,11 +180,8 @@ class _Connection(asyncio.Protocol):
     def _answered(self, answer: bytes) -> None:
         if self._drive.counting:
             self._drive.latencies.append(time.perf_counter() - self._began)
-        if answer[9:12] != b"201":
+        if answer[9:12] != self._drive.expected:
             self._closed.set_exception(UnexpectedAnswerError(answer.decode(errors="replace")))
-            self._transport.close()
-        elif self._drive.ending:
-            self._closed.set_result(None)
             self._transport.close()
         else:
             self._send()

@@ -20,11 +20,11 @@ _UNBLOCK: Final = f"""
 """
 _UNBLOCK_PARTIES: Final = text(_UNBLOCK.format(lock="FOR UPDATE"))
 # A conversion that holds one of them may be waiting for the end of this very session.
-_UNBLOCK_AFTER_SESSION: Final = text(_UNBLOCK.format(lock="FOR UPDATE SKIP LOCKED"))
+UNBLOCK_AFTER_SESSION: Final = text(_UNBLOCK.format(lock="FOR UPDATE SKIP LOCKED"))
 
 
 async def unblock(tx: Transaction, users: list[int], *, session_ended: bool = False) -> None:
     """Appointments of these people that wait for their next attempt may try again now. `session_ended` tells
     that this transaction also ends a session of theirs."""
-    await tx.execute(_UNBLOCK_AFTER_SESSION if session_ended else _UNBLOCK_PARTIES, {"users": users})
+    await tx.execute(UNBLOCK_AFTER_SESSION if session_ended else _UNBLOCK_PARTIES, {"users": users})
     tx.ring(ConvertDue())

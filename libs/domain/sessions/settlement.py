@@ -56,7 +56,7 @@ _LOCK_DUE: Final = text(
     SELECT id FROM candidate WHERE appointment_id IS NULL OR appointment_id IN (SELECT id FROM free)
     """
 )
-_LOCK_ONE: Final = text("SELECT id FROM sessions WHERE id = :id FOR NO KEY UPDATE")
+LOCK_ONE: Final = text("SELECT id FROM sessions WHERE id = :id FOR NO KEY UPDATE")
 _DUE: Final = text(
     f"""
     SELECT id FROM sessions s WHERE {UNANSWERED}
@@ -66,7 +66,7 @@ _DUE: Final = text(
 
 # :ids sessions, whose rows an earlier statement has locked, so that this one sees their last message;
 # :verb what somebody asks for: null, 'end' or 'decline'.
-_SETTLE: Final = text(
+SETTLE: Final = text(
     f"""
     WITH judged AS MATERIALIZED (
         SELECT s.*, {BEGUN_AT} AS begun_at, s.units_charged AS charged, s.status <> 'active' AS unanswered,
@@ -201,7 +201,7 @@ class Settlement:
 
     async def one(self, tx: Transaction, session_id: int, ending: Ending | None = None) -> Settled | None:
         """Settles this session as of now, and ends it if asked to. None when it was over before."""
-        await tx.execute(_LOCK_ONE, {"id": session_id})
+        await tx.execute(LOCK_ONE, {"id": session_id})
         settled = await self._settle(tx, [session_id], ending)
         return settled[0] if settled else None
 
@@ -215,7 +215,7 @@ class Settlement:
                 "ended_by": ending and ending.by,
                 "carrier": carrier() if ending else {},
             }
-            rows = (await tx.execute(_SETTLE, parameters)).all()
+            rows = (await tx.execute(SETTLE, parameters)).all()
             over = [row for row in rows if row.because is not None]
             if over:
                 await unblock(
