@@ -147,7 +147,9 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, asyncpg.PostgresError):
         state: str = error.sqlstate or ""
         return state[:2] in _TRANSIENT_CLASSES or state in _TRANSIENT_STATES
-    return isinstance(error, OSError | TimeoutError | PoolTimeout | asyncpg.InterfaceError)
+    # The driver's internal error is what a connection that the server cut between two messages comes to.
+    lost = OSError | TimeoutError | PoolTimeout | asyncpg.InterfaceError | asyncpg.InternalClientError
+    return isinstance(error, lost)
 
 
 async def driver(connection: AsyncConnection) -> "asyncpg.Connection[Any]":

@@ -169,6 +169,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         PoolTimeout,
         asyncpg.PostgresError,
         asyncpg.InterfaceError,
+        asyncpg.InternalClientError,
         OSError,
         asyncio.TimeoutError,
     ):
