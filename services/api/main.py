@@ -19,7 +19,7 @@ from libs.domain.doorbell import Doorbell
 from libs.domain.runtime import VERSION, Runtime, compose, flags_of, telemetry
 from libs.domain.settings import FlagSettings, libpq_dsn, load
 from libs.observability.exposition import MetricsAccess
-from libs.observability.http import HttpTelemetry
+from libs.observability.http import HeadSampling, HttpTelemetry
 from libs.observability.loop import watch_loop
 from libs.observability.tracing import tracer_provider
 from services.api import errors, public
@@ -73,6 +73,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # all three are our own
     )
     app.state.runtime = runtime
     app.state.identity = identity
@@ -149,7 +150,7 @@ async def open_app(settings: ApiSettings, flags: FlagSettings) -> AsyncIterator[
 
 def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
+        HeadSampling(app),
         host=settings.api_host,
         port=settings.api_port,
         log_config=None,
