@@ -203,7 +203,6 @@ class GuardedRoute(APIRoute):
 
         return guarded
 
-
     @property
     def is_short(self) -> bool:
         """Whether requests go the short way; see `services.api.direct`."""
