@@ -10,7 +10,6 @@ from contextlib import suppress
 
 import pytest
 from opentelemetry import trace
-from opentelemetry.instrumentation.utils import is_http_instrumentation_enabled
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.trace import SpanKind
 
@@ -26,7 +25,6 @@ from libs.observability.tracing import (
     configure_tracing,
     is_sampled,
     record_span,
-    sampled_first,
     sampled_trace_id,
     span,
     tracer_provider,
@@ -200,30 +198,6 @@ def test_whether_a_trace_is_kept_hangs_on_its_id_and_not_on_what_the_sender_says
                 with span("more"):
                     assert is_sampled(carrier()) is kept_by_id(trace_id, 0.3)
     assert 0 < sum(kept_by_id(trace_id, 0.3) for trace_id in ids) < 300
-
-
-def test_a_request_is_instrumented_only_if_its_trace_is_kept(configure: Configure, receiver: OtlpReceiver) -> None:
-    configure(EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG="0.3")
-    kept = 0
-    for _ in range(300):
-        with sampled_first({}):
-            instrumented = is_http_instrumentation_enabled()
-            with span("served"), span("inner"):
-                assert is_sampled(carrier()) is instrumented
-                assert kept_by_id(trace.get_current_span().get_span_context().trace_id, 0.3) is instrumented
-        kept += instrumented
-    # Six standard deviations of a binomial distribution to each side.
-    assert 42 < kept < 138
-
-
-def test_a_request_continues_the_trace_of_its_sender(configure: Configure, receiver: OtlpReceiver) -> None:
-    configure(EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG="0.3")
-    for trace_id in (0xA1, 2**63, 2**127 + 1, 2**127 + 2**63):
-        for flags in ("00", "01"):
-            with sampled_first(traceparent(trace_id, flags)):
-                assert is_http_instrumentation_enabled() is kept_by_id(trace_id, 0.3)
-                if not kept_by_id(trace_id, 0.3):
-                    assert carrier()["traceparent"].split("-")[1] == f"{trace_id:032x}"
 
 
 def test_only_kept_traces_are_exported_and_those_whole(configure: Configure, receiver: OtlpReceiver) -> None:
