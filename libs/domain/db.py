@@ -1,8 +1,8 @@
-"""Connections to PostgreSQL: two small pools over one address, both made by asyncpg, and single ones.
+"""Connections to PostgreSQL: two small pools over one address, and single ones, all made by asyncpg.
 
 `Database.begin` opens a transaction. `Database.autocommit` hands out a bare asyncpg connection for
-the few hot operations that are one statement each: it skips BEGIN, COMMIT and the reset query, so
-nothing that runs on it may leave session state behind. `Database.alone` is for who keeps a connection.
+the few hot operations that are one statement each: it skips BEGIN, COMMIT, the reset query and SQLAlchemy,
+so nothing that runs on it may leave session state behind. `Database.alone` is for who keeps a connection.
 """
 
 import asyncio
@@ -12,9 +12,8 @@ from typing import Any, Final, cast
 
 import asyncpg
 import orjson
-from sqlalchemy import event
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 CONNECT_TIMEOUT: Final = 3.0
@@ -58,36 +57,40 @@ class Database:
         command_timeout: float = 10.0,
         timeouts: Mapping[str, str] | None = None,
     ) -> None:
-        async def connect(name: str = application) -> "asyncpg.Connection[Any]":
-            connection = await asyncpg.connect(
+        async def connect(name: str = application, **options: Any) -> "asyncpg.Connection[Any]":
+            connection: asyncpg.Connection[Any] = await asyncpg.connect(
                 dsn,
                 timeout=CONNECT_TIMEOUT,
                 command_timeout=command_timeout,
                 server_settings={"application_name": name, "timezone": "UTC", **_PLANNING},
+                **options,
             )
             if timeouts:
                 await connection.execute(_CONFIGURE, list(timeouts), list(timeouts.values()))
             return connection
 
-        def engine(**options: Any) -> AsyncEngine:
-            return create_async_engine(
-                "postgresql+asyncpg://",
-                async_creator=lambda *_, **__: connect(),
-                poolclass=AsyncAdaptedQueuePool,
-                pool_size=pool_size,
-                max_overflow=0,
-                pool_timeout=POOL_TIMEOUT,
-                hide_parameters=True,
-                json_deserializer=orjson.loads,
-                **options,
-            )
-
         self.max_connections: Final = 2 * pool_size
         self._application = application
         self._connect = connect
-        self._transactions = engine(pool_pre_ping=True)
-        self._autocommit = engine(pool_reset_on_return=None, isolation_level="AUTOCOMMIT")
-        event.listen(self._autocommit.sync_engine, "checkout", _discard_closed)
+        self._transactions: Final = create_async_engine(
+            "postgresql+asyncpg://",
+            async_creator=lambda *_, **__: connect(),
+            poolclass=AsyncAdaptedQueuePool,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=POOL_TIMEOUT,
+            pool_pre_ping=True,
+            hide_parameters=True,
+            json_deserializer=orjson.loads,
+        )
+        self._statements: Final = asyncpg.create_pool(
+            connect=lambda *_, **options: connect(**options),
+            init=_read_json,
+            reset=_nothing,
+            min_size=0,
+            max_size=pool_size,
+            max_inactive_connection_lifetime=0,
+        )
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncConnection]:
@@ -98,8 +101,13 @@ class Database:
     @asynccontextmanager
     async def autocommit(self) -> AsyncIterator["asyncpg.Connection[Any]"]:
         """A bare asyncpg connection on which each statement is its own transaction."""
-        async with self._autocommit.connect() as connection:
-            yield await driver(connection)
+        pool = await self._statements  # opened by the first who comes
+        async with pool.acquire(timeout=POOL_TIMEOUT) as connection:
+            try:
+                yield cast("asyncpg.Connection[Any]", connection)
+            except asyncio.CancelledError:
+                connection.terminate()  # or its return would wait for a server that may be frozen
+                raise
 
     @asynccontextmanager
     async def alone(self, purpose: str) -> AsyncIterator["asyncpg.Connection[Any]"]:
@@ -112,9 +120,8 @@ class Database:
 
     def in_use(self) -> int:
         """Connections checked out at this moment, of both pools."""
-        return sum(
-            cast(AsyncAdaptedQueuePool, engine.pool).checkedout() for engine in (self._transactions, self._autocommit)
-        )
+        in_transactions = cast(AsyncAdaptedQueuePool, self._transactions.pool).checkedout()
+        return in_transactions + self._statements.get_size() - self._statements.get_idle_size()
 
     async def connect(self) -> AsyncConnection:
         """A connection of the transactional pool, not yet in a transaction; the caller closes it."""
@@ -124,7 +131,7 @@ class Database:
         """Takes leave of the server, but not for longer than `CLOSE_TIMEOUT` of one that does not answer."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT):
-                await asyncio.gather(self._transactions.dispose(), self._autocommit.dispose())
+                await asyncio.gather(self._transactions.dispose(), (await self._statements).close())
 
 
 def driver_error(error: BaseException) -> BaseException:
@@ -158,9 +165,11 @@ async def driver(connection: AsyncConnection) -> "asyncpg.Connection[Any]":
     return cast("asyncpg.Connection[Any]", raw.driver_connection)
 
 
-def _discard_closed(dbapi_connection: Any, *_: Any) -> None:
-    """Stands in for a ping: a connection whose server went away is known to be closed."""
-    if dbapi_connection.driver_connection.is_closed():
-        from sqlalchemy.exc import DisconnectionError
+async def _read_json(connection: "asyncpg.Connection[Any]") -> None:
+    """Has JSON read as SQLAlchemy has it on the connections of its pool; it is written as text."""
+    for name in ("json", "jsonb"):
+        await connection.set_type_codec(name, schema="pg_catalog", encoder=str, decoder=orjson.loads)
 
-        raise DisconnectionError("The server closed this connection.")
+
+async def _nothing(_: object) -> None:
+    """In place of the reset query."""

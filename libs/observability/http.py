@@ -9,7 +9,7 @@ from opentelemetry import trace
 from libs.observability.context import CORRELATION_ID, accept_correlation_id, bind, client_family
 from libs.observability.logging import get_logger
 from libs.observability.registry import Metrics
-from libs.observability.tracing import sampled_trace_id
+from libs.observability.tracing import sampled_first, sampled_trace_id
 
 _log: Final = get_logger("http", "infra")
 
@@ -26,6 +26,22 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _BEGINNINGS: Final = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
 
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
+
+
+class HeadSampling:
+    """Pure ASGI middleware around an instrumented application. Instrumentation describes each request at length
+    before the sampler is asked; here it is asked first, and only requests whose trace is kept are described."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
+        with sampled_first(headers):
+            await self._app(scope, receive, send)
 
 
 class HttpTelemetry:

@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
-from opentelemetry import trace
+from opentelemetry import propagate, trace
 from opentelemetry.context import Context
+from opentelemetry.instrumentation.utils import suppress_http_instrumentation
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler, TraceIdRatioBased
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Decision, ParentBased, Sampler, TraceIdRatioBased
+from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from libs.observability.context import CORRELATION_ID, TENANT_ID, fields
@@ -33,10 +34,14 @@ QUEUE_SPANS: Final = 2048
 _NO_TRACER: Final = trace.NoOpTracer()
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 _forced_span_id: ContextVar[int | None] = ContextVar("forced_span_id", default=None)
+_forced_trace_id: ContextVar[int | None] = ContextVar("forced_trace_id", default=None)
 
 
 class _IdGenerator(RandomIdGenerator):
-    """Random ids, but for the span whose id a row already refers to."""
+    """Random ids, but for a trace that was found to be kept, and the span whose id a row already refers to."""
+
+    def generate_trace_id(self) -> int:
+        return _forced_trace_id.get() or super().generate_trace_id()
 
     def generate_span_id(self) -> int:
         return _forced_span_id.get() or super().generate_span_id()
@@ -208,6 +213,28 @@ def record_span(
     if failed is not None:
         recorded.set_status(Status(StatusCode.ERROR, failed))
     recorded.end(end_ns)
+
+
+@contextmanager
+def sampled_first(headers: Mapping[str, str]) -> Iterator[None]:
+    """Decides whether the trace of a request is kept before the block describes its span: the trace that `headers`
+    continue, or a new one. Unless it is kept, the block is not instrumented and its span has nothing but ids."""
+    if _tracing is None:
+        yield
+        return
+    provider = _tracing.provider
+    parent = propagate.extract(headers, Context())
+    trace_id = trace.get_current_span(parent).get_span_context().trace_id or provider.id_generator.generate_trace_id()
+    if provider.sampler.should_sample(parent, trace_id, "").decision is not Decision.DROP:
+        token = _forced_trace_id.set(trace_id)
+        try:
+            yield
+        finally:
+            _forced_trace_id.reset(token)
+    else:
+        ids = SpanContext(trace_id, provider.id_generator.generate_span_id(), is_remote=False)
+        with suppress_http_instrumentation(), trace.use_span(NonRecordingSpan(ids)):
+            yield
 
 
 def is_sampled(carrier: Mapping[str, str]) -> bool:

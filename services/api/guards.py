@@ -50,6 +50,7 @@ from libs.guardrails import (
 )
 from libs.observability.context import note
 from services.api import idempotency
+from services.api.direct import Handler, directly, takes_claim_and_body
 from services.api.errors import refusal
 from services.api.idempotency import IdempotencyKey
 from services.api.identity import Identity, Token
@@ -177,8 +178,10 @@ class GuardedRoute(APIRoute):
             raise UnguardedRouteError(f"{endpoint.__qualname__} ({path}) takes no {wanted}.")
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+        handle: Handler = super().get_route_handler()
         statement_decides = any(net.complete for net in _nets(self.dependant))
+        if self.is_short:
+            handle = directly(self, handle)
 
         async def guarded(request: Request) -> Response:
             identity: Identity = request.app.state.identity
@@ -198,6 +201,12 @@ class GuardedRoute(APIRoute):
                 raise
 
         return guarded
+
+    @property
+    def is_short(self) -> bool:
+        """Whether requests go the short way; see `services.api.direct`."""
+        nets = [getattr(dependency.call, "net", None) for dependency in self.dependant.dependencies]
+        return takes_claim_and_body(self.dependant) and all(net and net.complete for net in nets)
 
 
 class UnrepeatableRoute(GuardedRoute):

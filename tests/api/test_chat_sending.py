@@ -38,6 +38,43 @@ async def test_a_message_is_numbered_and_shown_in_full(api: Api, clinic: Clinic)
     assert sample("chat_message_processing_duration_seconds_count", direction="received") == 2
 
 
+# Whole bodies, whose quotes, names and ends some readers take and others do not.
+ODD_BODIES = (
+    b'{"client_message_id": "a", "body": "b", "body": "c"}',
+    b'{"client_message_id": "a", "body": "\\u00e9\\ud83d\\ude00\\/"}',
+    '{"client_message_id": "a", "body": "é", "kind": "voice"}'.encode("utf-16"),
+    b'\xef\xbb\xbf{"client_message_id": "a", "body": "b"}',
+    b' \n\t{"client_message_id": "a", "body": "b"}\r ',
+    b'{"client_message_id": "a", "body": "b", "media_url": null}',
+    b'{"client_message_id": "a", "body": "b",}',
+    b'{"client_message_id": "a", "body": "\xff"}',
+    b'{"client_message_id": "a", "body": "\t"}',
+    b'{"client_message_id": "a", "body": "\\ud83d"}',
+    b'{"client_message_id": "a", "body": "\\u0000"}',
+    b'{"client_message_id": "a", "body": NaN}',
+    b'{"client_message_id": 1, "body": "b"}',
+    b'{"client_message_id": "a", "body": "b", "more": ' + b"9" * 5000 + b"}",
+    b'{"client_message_id": "a", "body": "b", "more": ' + b"[" * 500 + b"]" * 500 + b"}",
+    b'["client_message_id", "body"]',
+    b"null",
+    b"",
+)
+
+
+@pytest.mark.parametrize("body", ODD_BODIES)
+async def test_a_body_means_the_same_whichever_way_it_is_read(api: Api, clinic: Clinic, body: bytes) -> None:
+    own = {"id", "seq", "sender", "sent_at", "instance", "correlation_id"}
+    answers = []
+    for media_type in ("application/json", "application/json; charset=utf-8"):  # the short way, and the framework's
+        live = await clinic.session()
+        answer = await api.as_(live.patient).post(
+            f"/chat/{live.context}/messages", content=body, headers={"Content-Type": media_type}
+        )
+        told = {name: value for name, value in answer.json().items() if name not in own}
+        answers.append((answer.status_code, answer.headers["content-type"], sorted(answer.headers), told))
+    assert answers[0] == answers[1]
+
+
 async def test_sending_again_answers_the_stored_message(api: Api, clinic: Clinic) -> None:
     live = await clinic.session()
     first = found(await say(api, live.patient, live, "hello"), 201)

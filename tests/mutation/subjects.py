@@ -27,7 +27,7 @@ _PERMISSIONS: Final = (*_MATRIX, "tests/guardrails/test_reasons_and_permissions.
 _CHAT: Final = (
     *_MATRIX,
     "tests/architecture/test_strangers.py",
-    *(f"tests/api/test_chat_{part}.py" for part in ("sending", "operations", "pace", "races", "matrix")),
+    *(f"tests/api/test_chat_{part}.py" for part in ("active", "sending", "operations", "pace", "races", "matrix")),
 )
 
 _WITHOUT_USER: Final = "LEFT JOIN participants p ON p.conversation_id = c.id"
@@ -40,7 +40,7 @@ SEND_STATEMENT: Final = replaced(
         # The caller.
         "WHERE tenant_id = $2 AND id = $3": "WHERE id = $3",
         "AND role = $4 AND active": "AND $4::text IS NOT NULL AND active",
-        "AND role = $4 AND active\n        ) AS": "AND role = $4\n        ) AS",
+        "AND role = $4 AND active)": "AND role = $4)",
         " AND caller.caller_active": "",
         # The session.
         "AND s.kind = $14 AND": "AND $14::text IS NOT NULL AND",
@@ -56,7 +56,12 @@ SEND_STATEMENT: Final = replaced(
         "AND NOT EXISTS (SELECT FROM duplicate)": "",
         " AND ($11::bigint IS NULL OR EXISTS (SELECT FROM original))": "",
         "ON m.conversation_id = t.conversation_id WHERE m.id = $11": "ON m.id = $11",
-        "AND greatest(p.paced_at, clock()) + $12::interval <= clock() + $13::interval": "",
+        "<= clock() + $13::interval": "> '-infinity' AND $13::interval IS NOT NULL",
+        # The same, where all of it must hold at once.
+        "p.user_id = $3 AND {_IS_ACTIVE}": "{_IS_ACTIVE}",
+        "p.user_id = $3 AND {_IS_ACTIVE}\n": "p.user_id = $3 AND $4::text IS NOT NULL\n",
+        "AND {_PASSES} AND NOT (t.kind": "AND $15::text[] IS NOT NULL AND NOT (t.kind",
+        " AND NOT (t.kind = 'text' AND t.session_status = 'waiting')": "",
     },
 )
 

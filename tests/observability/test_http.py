@@ -12,15 +12,17 @@ import orjson
 import pytest
 import uvicorn
 from fastapi.routing import iter_route_contexts
+from opentelemetry.instrumentation.utils import is_http_instrumentation_enabled
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from libs.domain.catalogue import CATALOGUE
-from libs.observability import http
-from libs.observability.context import fields, note
+from libs.observability import http, tracing
+from libs.observability.context import carrier, fields, note
 from libs.observability.exposition import render
 from libs.observability.http import HttpTelemetry, Receive, Scope, Send
 from libs.observability.registry import Metrics
 from libs.observability.testing import CapturedLogs, OtlpReceiver, capture_logs
+from libs.observability.tracing import configure_tracing, is_sampled, sampled_first, span
 from services.api.main import RouteTemplates
 from services.api.public import PROBES
 from tests.clinic import Clinic
@@ -373,3 +375,47 @@ async def test_an_exemplar_leads_from_the_latency_to_the_trace(
         await traced.anonymous.get("/api/v1/me")
         await asyncio.to_thread(receiver.wait_for, "GET /api/v1/me")
         assert len(receiver.spans()) == 2
+
+
+def test_a_request_is_instrumented_only_if_its_trace_is_kept(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_tracing", None)
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.3")
+    with OtlpReceiver() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.http_endpoint)
+        configured = configure_tracing("test", "0", metrics)
+        kept = 0
+        for _ in range(300):
+            with sampled_first({}):
+                instrumented = is_http_instrumentation_enabled()
+                with span("served"), span("inner"):
+                    assert is_sampled(carrier()) is instrumented
+            kept += instrumented
+        # Six standard deviations of a binomial distribution to each side.
+        assert 42 < kept < 138
+        for flags in ("00", "01"):
+            for lower_half, instrumented in (("1" * 16, True), ("f" * 16, False)):
+                with sampled_first({"traceparent": f"00-{'f' * 16}{lower_half}-{'1' * 16}-{flags}"}):
+                    assert is_http_instrumentation_enabled() is instrumented
+        configured.shutdown()
+
+
+async def test_a_request_whose_trace_is_not_kept_has_ids_in_its_lines_and_no_spans(
+    make_api: MakeApi, clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = await clinic.session()
+    with OtlpReceiver() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.http_endpoint)
+        monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
+        traced = await make_api(log_file=tmp_path / "api.jsonl")
+        # Whether a trace is kept hangs on the lower half of its id.
+        for name, trace_id in (("dropped", "f" * 32), ("kept", "f" * 16 + "1" * 16)):
+            answer = await traced.as_(live.patient).post(
+                f"/chat/{live.context}/messages",
+                json={"client_message_id": name, "body": name},
+                headers={"traceparent": f"00-{trace_id}-{'1' * 16}-01"},
+            )
+            assert answer.status_code == 201
+        await asyncio.to_thread(receiver.wait_for, "chat.send")
+        for line in await lines(tmp_path / "api.jsonl", 2):
+            assert {"trace_id", "span_id"} <= line.keys()
+        assert {arrived.trace_id.hex() for arrived in receiver.spans()} == {"f" * 16 + "1" * 16}

@@ -3,6 +3,8 @@
 Both number the message from the conversation's own counter in the statement that stores it, so the
 numbers have no gaps, and both insert plainly: `ON CONFLICT` would burn a number. Whatever keeps the message
 from being stored, the row that is answered tells.
+
+What most messages need of the first is a statement of its own, at three quarters of its cost: `STORE`.
 """
 
 from typing import Final
@@ -13,13 +15,18 @@ from libs.domain.sessions.facts import SESSION_COLUMNS
 # $1 id, $2 tenant id, $3 user id, $4 role, $5 client message id, $6 kind of message, $7 body, $8 sealed body,
 # $9 key id, $10 media url, $11 id of the message replied to, $12 interval between messages at an even pace,
 # $13 how much of that pace may be used up at once.
-_SEND: Final = """
-    WITH target AS MATERIALIZED ({target}),
-    caller AS (
-        SELECT EXISTS (
-            SELECT FROM users WHERE tenant_id = $2 AND id = $3 AND role = $4 AND active
-        ) AS caller_active
-    ),
+_IS_ACTIVE: Final = "EXISTS (SELECT FROM users WHERE tenant_id = $2 AND id = $3 AND role = $4 AND active)"
+_IS_THE_SESSION: Final = "s.id = $1 AND s.kind = $14 AND s.tenant_id = $2"
+_PASSES: Final = "t.session_status = ANY ($15::text[]) AND NOT t.overdue"
+_LOCKED: Final = "FOR NO KEY UPDATE OF s"
+
+# The generic cell rate algorithm: a moment that each message moves on, and that may not get too far ahead.
+_NEXT_PACE: Final = "greatest(p.paced_at, clock()) + $12::interval"
+_IN_PACE: Final = f"{_NEXT_PACE} <= clock() + $13::interval"
+
+_SEND: Final = f"""
+    WITH target AS MATERIALIZED ({{target}}),
+    caller AS (SELECT {_IS_ACTIVE} AS caller_active),
     duplicate AS (
         SELECT m.* FROM target t JOIN messages m ON m.conversation_id = t.conversation_id
         WHERE m.client_message_id = $5
@@ -27,14 +34,13 @@ _SEND: Final = """
     original AS (
         SELECT m.* FROM target t JOIN messages m ON m.conversation_id = t.conversation_id WHERE m.id = $11
     ),
-    -- The generic cell rate algorithm: a moment that each message moves on, and that may not get too far ahead.
     paced AS (
-        UPDATE participants p SET paced_at = greatest(p.paced_at, clock()) + $12::interval
+        UPDATE participants p SET paced_at = {_NEXT_PACE}
         FROM target t, caller
         WHERE p.conversation_id = t.conversation_id AND p.user_id = t.participant_id AND caller.caller_active
-          AND {passes}
+          AND {{passes}}
           AND NOT EXISTS (SELECT FROM duplicate) AND ($11::bigint IS NULL OR EXISTS (SELECT FROM original))
-          AND greatest(p.paced_at, clock()) + $12::interval <= clock() + $13::interval
+          AND {_IN_PACE}
         RETURNING p.conversation_id
     ),
     numbered AS (
@@ -49,7 +55,7 @@ _SEND: Final = """
         FROM target t, numbered n
         RETURNING id, seq, sent_at
     ),
-    moved AS ({moved})
+    moved AS ({{moved}})
     SELECT caller.caller_active, t.*, n.id AS message_id, n.seq, n.sent_at, d.id AS duplicate_id,
            o.id AS original_id, o.seq AS original_seq, o.client_message_id AS original_client_message_id,
            o.body AS original_body, o.sealed_body AS original_sealed_body, o.key_id AS original_key_id,
@@ -67,10 +73,10 @@ SEND_BY_SESSION: Final = _SEND.format(
         FROM sessions s
         JOIN conversations c ON c.session_id = s.id
         LEFT JOIN participants p ON p.conversation_id = c.id AND p.user_id = $3
-        WHERE s.id = $1 AND s.kind = $14 AND s.tenant_id = $2
-        FOR NO KEY UPDATE OF s
+        WHERE {_IS_THE_SESSION}
+        {_LOCKED}
     """,
-    passes="t.session_status = ANY ($15::text[]) AND NOT t.overdue",
+    passes=_PASSES,
     # The doctor's first message activates a text session; the patient's first starts the doctor's clock, once.
     moved=f"""
         UPDATE sessions s
@@ -102,3 +108,39 @@ SEND_BY_APPOINTMENT: Final = _SEND.format(
     moved="SELECT NULL::text AS status",
 )
 """The parameters above; the transaction holds the appointment's row and the caller has entered."""
+
+STORE: Final = f"""
+    WITH target AS MATERIALIZED (
+        SELECT {SESSION_COLUMNS}
+        FROM sessions s JOIN conversations c ON c.session_id = s.id
+        WHERE {_IS_THE_SESSION}
+        {_LOCKED}
+    ),
+    paced AS (
+        UPDATE participants p SET paced_at = {_NEXT_PACE}
+        FROM target t
+        WHERE p.conversation_id = t.conversation_id AND p.user_id = $3 AND {_IS_ACTIVE}
+          AND {_PASSES} AND NOT (t.kind = 'text' AND t.session_status = 'waiting')
+          AND $11::bigint IS NULL AND NOT EXISTS (
+              SELECT FROM messages m WHERE m.conversation_id = t.conversation_id AND m.client_message_id = $5
+          )
+          AND {_IN_PACE}
+        RETURNING p.conversation_id
+    ),
+    numbered AS (
+        UPDATE conversations c SET last_seq = c.last_seq + 1
+        FROM paced WHERE c.id = paced.conversation_id
+        RETURNING c.id, c.last_seq AS seq
+    ),
+    stored AS (
+        INSERT INTO messages (tenant_id, conversation_id, seq, sender_id, client_message_id, kind, body, sealed_body,
+                              key_id, media_url)
+        SELECT $2, id, seq, $3, $5, $6, $7, $8, $9, $10 FROM numbered
+        RETURNING id, seq, sent_at
+    )
+    SELECT true AS caller_active, t.*, n.id AS message_id, n.seq, n.sent_at, NULL::bigint AS duplicate_id,
+           NULL::bigint AS original_id, false AS activated
+    FROM target t, stored n
+"""
+"""Stores a message that answers none, in a session whose state it does not change, under a new id; its parameters
+end with $15. It answers no row when anything at all is in the way, which `SEND_BY_SESSION` then tells."""

@@ -17,7 +17,7 @@ from libs.domain import people
 from libs.domain.chat import conversations, messages
 from libs.domain.chat.bodies import Bodies, StoredBody
 from libs.domain.chat.messages import Message
-from libs.domain.chat.send_statement import CONVERSATION_OF_SESSION, SEND_BY_APPOINTMENT, SEND_BY_SESSION
+from libs.domain.chat.send_statement import CONVERSATION_OF_SESSION, SEND_BY_APPOINTMENT, SEND_BY_SESSION, STORE
 from libs.domain.db import Database, driver
 from libs.domain.sessions import facts
 from libs.domain.sessions.settlement import Settlement
@@ -143,7 +143,8 @@ class Chat:
             self._response_window,
         )
         try:
-            return await connection.fetchrow(SEND_BY_SESSION, *arguments)
+            stored = await connection.fetchrow(STORE, *arguments[:-1]) if new.reply_to is None else None
+            return stored or await connection.fetchrow(SEND_BY_SESSION, *arguments)
         except asyncpg.UniqueViolationError:
             # The same id was stored while this statement waited for the lock; now it is visible.
             return await connection.fetchrow(SEND_BY_SESSION, *arguments)
