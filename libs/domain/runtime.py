@@ -15,6 +15,7 @@ from libs.domain.conversion.monitor import Thresholds
 from libs.domain.db import Database
 from libs.domain.decisions.recorder import Recorder
 from libs.domain.flags.live import LiveFlags
+from libs.domain.sealing import FieldKeys
 from libs.domain.settings import FlagSettings, Settings
 from libs.domain.telemetry import GuardTelemetry
 from libs.domain.transaction import Bell, Transaction, transaction
@@ -41,6 +42,7 @@ class Runtime:
     recorder: Recorder
     flags: LiveFlags
     guard: Guard
+    field_keys: FieldKeys
     bodies: Bodies
     chat: Chat
 
@@ -54,7 +56,8 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
     live = LiveFlags(flags, database=database, metrics=metrics)
     recorder = Recorder(database, metrics, sample_rate=settings.decision_sample_rate)
     guard = Guard(live, GuardTelemetry(metrics, recorder))
-    bodies = Bodies.parse(settings.field_keys.get_secret_value())
+    field_keys = FieldKeys.parse(settings.field_keys.get_secret_value())
+    bodies = Bodies(field_keys)
     chat = Chat(
         database,
         bell,
@@ -64,7 +67,7 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
         response_window=timedelta(seconds=settings.text_session_response_window_seconds),
         messages_per_minute=settings.chat_messages_per_minute,
     )
-    return Runtime(settings, metrics, database, bell, recorder, live, guard, bodies, chat)
+    return Runtime(settings, metrics, database, bell, recorder, live, guard, field_keys, bodies, chat)
 
 
 @asynccontextmanager

@@ -28,6 +28,8 @@ class Permission(StrEnum):
     REPORT_PRESENCE = "report_presence"
     ADMINISTER_PEOPLE = "administer_people"
     ADMINISTER_FLAGS = "administer_flags"
+    ADMINISTER_WEBHOOKS = "administer_webhooks"
+    REPLAY_DELIVERIES = "replay_deliveries"
     SEE_OPERATIONS = "see_operations"
 
 
@@ -49,6 +51,8 @@ ROLES: dict[Permission, frozenset[Role]] = {
     Permission.REPORT_PRESENCE: frozenset({Role.PATIENT, Role.DOCTOR}),
     Permission.ADMINISTER_PEOPLE: frozenset({Role.OPERATOR}),
     Permission.ADMINISTER_FLAGS: frozenset({Role.OPERATOR}),
+    Permission.ADMINISTER_WEBHOOKS: frozenset({Role.OPERATOR}),
+    Permission.REPLAY_DELIVERIES: frozenset({Role.OPERATOR}),
     Permission.SEE_OPERATIONS: frozenset({Role.OPERATOR}),
 }
 

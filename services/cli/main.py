@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "appointments": "services.cli.appointments:app",
     "keys": "services.cli.keys:app",
     "flags": "services.cli.flags:app",
+    "outbox": "services.cli.outbox:app",
     "explain": "services.cli.explain:explain",
     "demo": "services.cli.demo:demo",
 }

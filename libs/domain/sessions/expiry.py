@@ -64,7 +64,7 @@ _EXPIRE_SESSIONS: Final = f"""
                                   'session_context', kind || '_session:' || id, 'end_reason', 'deadline',
                                   'patient_id', patient_id, 'doctor_id', doctor_id)
         FROM overdue
-        RETURNING id, aggregate
+        RETURNING id, tenant_id, name, aggregate
     ),
     delivery AS ({deliver(":lane")})
     SELECT o.id, o.tenant_id, o.appointment_id, o.patient_id, o.doctor_id, e.status,
@@ -91,7 +91,7 @@ _EXPIRE_PENDING: Final = text(
         SELECT tenant_id, :name, 'appointment:' || id,
                jsonb_build_object('appointment_id', id, 'patient_id', patient_id, 'doctor_id', doctor_id)
         FROM expired
-        RETURNING id, aggregate
+        RETURNING id, tenant_id, name, aggregate
     ),
     delivery AS ({deliver(":lane")})
     SELECT count(*) FROM expired

@@ -12,7 +12,7 @@ from libs.domain.decisions import log, rollout
 from libs.guardrails import OPERATIONS, Flag, Permission, Principal
 from libs.guardrails.context import MAX_ID
 from services.api.guards import Tx, acting, guarded_router, runtime_of
-from services.api.schemas import DEFAULT_LIMIT, Cursor, Digits, Limit, Out, PageOut, page_out, refusals
+from services.api.schemas import DEFAULT_LIMIT, Cursor, Digits, Limit, Out, PageOut, SafeStr, page_out, refusals
 
 router = guarded_router("/admin", tag="operators")
 
@@ -42,6 +42,7 @@ Since = Annotated[
     Query(description="A span such as `90m`, `24h` or `7d`, or an RFC 3339 timestamp."),
 ]
 OperationName = Annotated[str, AfterValidator(_known)]
+Word = Annotated[SafeStr | None, Query(min_length=1, max_length=100)]
 IdQuery = Annotated[int | None, Query(ge=1, le=MAX_ID), Digits]
 
 
@@ -130,8 +131,17 @@ async def list_decisions(
 
 @router.get("/audit-log", responses=refusals())
 async def list_audit_log(
-    caller: Observer, tx: Tx, cursor: Cursor = None, limit: Limit = DEFAULT_LIMIT
+    caller: Observer,
+    tx: Tx,
+    actor_id: IdQuery = None,
+    action: Word = None,
+    subject: Word = None,
+    since: Since | None = None,
+    cursor: Cursor = None,
+    limit: Limit = DEFAULT_LIMIT,
 ) -> PageOut[AuditEntryOut]:
-    """What was done in your tenant by those who may do more than others."""
-    page = await audit.listed(tx, caller, cursor=cursor, limit=limit)
+    """What was done in your tenant by those who may do more than others. `subject` names what was concerned, such as
+    `user:7`."""
+    wanted = audit.Wanted(actor_id, action, subject, since)
+    page = await audit.listed(tx, caller, wanted, cursor=cursor, limit=limit)
     return page_out(page, AuditEntryOut.model_validate)
