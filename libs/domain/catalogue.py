@@ -150,7 +150,7 @@ _CONVERSION: Final = (
 _BACKGROUND: Final = (
     counter("outbox_dispatch_attempts_total", "Outbox dispatch attempts", _event_name),
     counter("outbox_dispatch_failures_total", "Outbox dispatch failures", _event_name),
-    gauge("outbox_dispatch_lag_seconds", "Age of the oldest pending outbox event"),
+    gauge("outbox_dispatch_lag_seconds", "Age of the oldest pending outbox event, those for webhooks apart"),
     gauge("outbox_dead", "Deliveries that were given up"),
     counter(
         "webhook_deliveries_total",

@@ -249,13 +249,14 @@ def test_every_job_has_a_handler_and_a_worker_without_one_does_not_start() -> No
 async def test_every_event_finds_its_way_to_both_parties(clinic: Clinic) -> None:
     doctor, patient = await clinic.doctor(), await clinic.patient()
     payload = {"patient_id": patient.user_id, "doctor_id": doctor.user_id}
-    for name in EventName:
+    happening = set(EventName) - {EventName.PING}
+    for name in happening:
         async with transaction(clinic.database, clinic.bell) as tx:
             await append(tx, name, tenant_id=clinic.tenant_id, aggregate=f"test:{name}", payload=payload)
-    assert await clinic.dispatch() == len(EventName) * len(Consumer)
+    assert await clinic.dispatch() == len(happening)
     told = await clinic.fetch("SELECT user_id, kind FROM notifications")
     assert {(row["user_id"], row["kind"]) for row in told} == {
-        (party.user_id, name.value) for party in (doctor, patient) for name in EventName
+        (party.user_id, name.value) for party in (doctor, patient) for name in happening
     }
 
 

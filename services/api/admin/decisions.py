@@ -12,7 +12,7 @@ from libs.domain.decisions import log, rollout
 from libs.guardrails import OPERATIONS, Flag, Permission, Principal
 from libs.guardrails.context import MAX_ID
 from services.api.guards import Tx, acting, guarded_router, runtime_of
-from services.api.schemas import DEFAULT_LIMIT, Cursor, Digits, Limit, Out, PageOut, SafeStr, page_out, refusals
+from services.api.schemas import DEFAULT_LIMIT, Cursor, Digits, Limit, Out, PageOut, page_out, refusals
 
 router = guarded_router("/admin", tag="operators")
 
@@ -42,7 +42,8 @@ Since = Annotated[
     Query(description="A span such as `90m`, `24h` or `7d`, or an RFC 3339 timestamp."),
 ]
 OperationName = Annotated[str, AfterValidator(_known)]
-Word = Annotated[SafeStr | None, Query(min_length=1, max_length=100)]
+Action = Annotated[str | None, Query(pattern=r"^[a-z_]{1,100}$", examples=["user_created"])]
+Subject = Annotated[str | None, Query(pattern=r"^[a-z_]{1,40}:[A-Za-z0-9_]{1,60}$", examples=["user:7"])]
 IdQuery = Annotated[int | None, Query(ge=1, le=MAX_ID), Digits]
 
 
@@ -134,8 +135,8 @@ async def list_audit_log(
     caller: Observer,
     tx: Tx,
     actor_id: IdQuery = None,
-    action: Word = None,
-    subject: Word = None,
+    action: Action = None,
+    subject: Subject = None,
     since: Since | None = None,
     cursor: Cursor = None,
     limit: Limit = DEFAULT_LIMIT,

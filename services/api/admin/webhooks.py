@@ -1,11 +1,11 @@
 """Where an operator's tenant is told what happens: docs/webhooks.md is for those who receive it."""
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 from uuid import UUID
 
 from fastapi import Query, Request
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from libs.domain.webhooks import deliveries, endpoints
@@ -55,6 +55,12 @@ class ChangeWebhook(In):
     enabled: Annotated[bool, Field(strict=True)] | None = None
     description: Description | None = None
     events: Events | None = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.model_fields_set:
+            raise PydanticCustomError("change", "Must change something.")
+        return self
 
 
 class WebhookOut(Out):
