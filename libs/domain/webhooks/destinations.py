@@ -23,19 +23,33 @@ Resolve: TypeAlias = Callable[[str, int], Awaitable[list[Address]]]
 
 LONGEST_URL: Final = 2000
 
-_PUBLIC_IPV6: Final = ip_network("2000::/3")
-"""All there is to reach in IPv6. Forms that stand for IPv4 addresses (mapped, NAT64) lie outside."""
+_PUBLIC_IPV6: Final = IPv6Network("2000::/3")
+"""All there is to reach in IPv6. What stands for an IPv4 address (mapped, NAT64) and what is local lies outside."""
 
-_NOT_PUBLIC_EITHER: Final = tuple(
+# Written out, because what Python calls global differs from version to version.
+_NOT_PUBLIC: Final = tuple(
     map(
         ip_network,
         (
-            "192.88.99.0/24",  # 6to4 relays
-            "168.63.129.16/32",  # the metadata of a cloud, at a public address
-            "2002::/16",  # 6to4: stands for an IPv4 address
-            "2001::/23",  # Teredo, likewise, and other protocols
-            "3fff::/20",  # documentation
-            "5f00::/16",  # segment routing
+            "0.0.0.0/8",
+            "10.0.0.0/8",
+            "100.64.0.0/10",  # carriers' NAT, and the metadata of a cloud
+            "127.0.0.0/8",
+            "168.63.129.16/32",  # the metadata of another cloud
+            "169.254.0.0/16",
+            "172.16.0.0/12",
+            "192.0.0.0/24",
+            "192.0.2.0/24",
+            "192.88.99.0/24",  # relays of 6to4
+            "192.168.0.0/16",
+            "198.18.0.0/15",
+            "198.51.100.0/24",
+            "203.0.113.0/24",
+            "224.0.0.0/3",  # multicast, reserved, broadcast
+            "2001::/23",  # Teredo, which stands for an IPv4 address, and other protocols
+            "2001:db8::/32",
+            "2002::/16",  # 6to4, likewise
+            "3fff::/20",
         ),
     )
 )
@@ -49,9 +63,7 @@ def is_public(address: Address) -> bool:
     """Whether the address belongs to the public internet and to nothing of the machine or the network around it."""
     if isinstance(address, IPv6Address) and (address not in _PUBLIC_IPV6 or address.scope_id):
         return False
-    if any(address in network for network in _NOT_PUBLIC_EITHER):
-        return False
-    return address.is_global and not (address.is_multicast or address.is_reserved)
+    return not any(address in network for network in _NOT_PUBLIC)
 
 
 class Destinations:
@@ -107,7 +119,7 @@ def literal(url: httpx2.URL) -> Address | None:
 
 
 def port_of(url: httpx2.URL) -> int:
-    return url.port or (443 if url.scheme == "https" else 80)
+    return (443 if url.scheme == "https" else 80) if url.port is None else url.port
 
 
 _LOOKUPS: Final = ThreadPoolExecutor(32, "resolve")
