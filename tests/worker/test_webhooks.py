@@ -27,7 +27,7 @@ from tests.receiver import Received, Receiver, receiving, register
 from tests.running import Api
 
 HERE = {"SESSIONGATE_WEBHOOK_ALLOW_NETWORKS": "127.0.0.0/8"}
-LONGER_THAN_ANY_BACKOFF = timedelta(minutes=10)
+LONGER_THAN_ANY_BACKOFF = timedelta(hours=1)
 
 
 @pytest.fixture
@@ -337,6 +337,19 @@ async def test_a_redirect_is_not_followed(clinic: Clinic, worker: Worker, receiv
         assert elsewhere.connections == 0
     (row,) = await deliveries(clinic, endpoint_id)
     assert (row["response_status"], row["last_error"]) == (307, "The receiver answered 307.")
+
+
+async def test_what_a_receiver_wants_to_be_remembered_is_forgotten(
+    clinic: Clinic, worker: Worker, receiver: Receiver
+) -> None:
+    endpoint_id, _ = await register(clinic.database, clinic.operator, f"{receiver.url}/")
+    receiver.headers["Set-Cookie"] = "who=me"
+    for number in (1, 2):
+        await happen(clinic, f"appointment:{number}")
+        await until(number_at(receiver, "/", number))
+        await until(settled(clinic, endpoint_id))
+    assert not any("cookie" in received.headers for received in receiver.got)
+    assert receiver.connections == 2, "One for each: another tenant's receiver may be at the same address."
 
 
 async def test_an_endless_answer_is_not_read_to_its_end(clinic: Clinic, worker: Worker, receiver: Receiver) -> None:

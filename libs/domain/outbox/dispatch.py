@@ -32,8 +32,9 @@ WEBHOOK_BATCH: Final = 4
 
 LEASE_SECONDS: Final = 30
 MAX_ATTEMPTS: Final = 6
-BACKOFF_SECONDS: Final = (2.0, 300.0)
-"""First and longest wait; the real one is drawn at random below the doubled value (full jitter)."""
+BACKOFF_SECONDS: Final = {Consumer.NOTIFICATIONS: (2.0, 300.0), Consumer.WEBHOOK: (60.0, 3600.0)}
+"""First and longest wait; the real one is drawn at random below the doubled value (full jitter). Whoever runs a
+receiver needs time to notice that it is down."""
 
 _PENDING: Final = PENDING_DELIVERY.replace("dispatched_at", "{0}.dispatched_at").replace("dead_at", "{0}.dead_at")
 
@@ -80,10 +81,10 @@ _DISPATCHED: Final = """
     WHERE id = ANY ($1::bigint[]) AND lease_token = $2
 """
 
-_FAILED: Final = f"""
+_FAILED: Final = """
     UPDATE outbox_deliveries
     SET lease_until = NULL, last_error = $3, available_at = clock() + make_interval(secs => $4),
-        response_status = $5, dead_at = CASE WHEN $6 OR attempts >= {MAX_ATTEMPTS} THEN clock() END
+        response_status = $5, dead_at = CASE WHEN $6 THEN clock() END
     WHERE id = $1 AND lease_token = $2
 """
 
@@ -191,23 +192,19 @@ class Dispatcher:
             self._tell(consumer, delivery, began_ns)
 
     async def _postpone(
-        self,
-        delivery_id: int,
-        attempts: int,
-        token: UUID,
-        message: str,
-        *,
-        status: int | None = None,
-        final: bool = False,
-    ) -> None:
-        first, longest = BACKOFF_SECONDS
+        self, delivery_id: int, attempts: int, token: UUID, error: Exception, kind: Consumer = Consumer.NOTIFICATIONS
+    ) -> bool:
+        """Has a delivery tried again later, or gives it up; whether it did."""
+        status, final = (error.status, error.final) if isinstance(error, NotDeliveredError) else (None, False)
+        first, longest = BACKOFF_SECONDS[kind]
         wait = random.uniform(0, min(longest, first * 2**attempts))  # noqa: S311
+        dead = final or attempts >= MAX_ATTEMPTS
         async with self._database.autocommit() as connection:
-            await connection.execute(_FAILED, delivery_id, token, message, wait, status, final)
+            await connection.execute(_FAILED, delivery_id, token, scrub_error(error), wait, status, dead)
+        return dead
 
     async def _unreadable(self, row: Any, token: UUID, error: ValueError) -> None:
-        message = scrub_error(error)
-        await self._postpone(row["id"], row["attempts"], token, message)
+        dead = await self._postpone(row["id"], row["attempts"], token, error)
         self._metrics.counter("outbox_dispatch_failures_total", row["name"]).inc()
         _log.error(
             "outbox_failed",
@@ -217,17 +214,14 @@ class Dispatcher:
             consumer=row["consumer"],
             tenant_id=row["tenant_id"],
             failure_reason=None,
-            error_message=message,
+            error_message=scrub_error(error),
             exception_type=type(error).__name__,
-            dead=row["attempts"] >= MAX_ATTEMPTS,
+            dead=dead,
             transient=False,
         )
 
     async def _failed(self, consumer: Consumer, delivery: _Delivery, token: UUID, error: Exception) -> None:
-        message = scrub_error(error)
-        refused = error if isinstance(error, NotDeliveredError) else None
-        status, final = (refused.status, refused.final) if refused else (None, False)
-        await self._postpone(delivery.id, delivery.attempts, token, message, status=status, final=final)
+        dead = await self._postpone(delivery.id, delivery.attempts, token, error, consumer)
         event = delivery.event
         self._metrics.counter("outbox_dispatch_failures_total", event.name).inc()
         unnotified = consumer is Consumer.NOTIFICATIONS and event.name is EventName.SESSION_STARTED
@@ -235,7 +229,7 @@ class Dispatcher:
             self._metrics.counter("appointment_session_notification_failed_total").inc()
         with continued(delivery.carrier):
             # What a receiver refuses is nothing that we could mend.
-            tell = _log.warning if refused else _log.error
+            tell = _log.warning if isinstance(error, NotDeliveredError) else _log.error
             tell(
                 "outbox_failed",
                 event_name=event.name,
@@ -245,9 +239,9 @@ class Dispatcher:
                 consumer=event.consumer,
                 tenant_id=event.tenant_id,
                 failure_reason="notification_failed" if unnotified else None,
-                error_message=message,
+                error_message=scrub_error(error),
                 exception_type=type(error).__name__,
-                dead=final or delivery.attempts >= MAX_ATTEMPTS,
+                dead=dead,
                 transient=is_transient(error),
             )
 

@@ -57,19 +57,20 @@ class _Target:
 
 
 class Webhooks:
-    """Posts each event to the endpoint that it is for. Nothing of a request's trace goes along, redirects are not
-    followed, and a connection is used once: others may have the same address."""
+    """Posts each event to the endpoint that it is for, with nothing of the trace that led to it.
+
+    There is no client, which would keep cookies and could follow redirects, and a connection is used once: another
+    tenant's receiver may have the same address.
+    """
 
     def __init__(self, runtime: Runtime, *, resolve: Resolve = resolve, trusted: ssl.SSLContext | None = None) -> None:
         settings = runtime.settings
         self._runtime = runtime
         self._resolve = resolve
         self._destinations = Destinations.parse(settings.webhook_ports, settings.webhook_allow_networks)
-        self._client = httpx2.AsyncClient(
+        self._transport = httpx2.AsyncHTTPTransport(
             verify=trusted or ssl.create_default_context(),
-            timeout=None,  # the whole delivery has one
             limits=httpx2.Limits(max_keepalive_connections=0),
-            trust_env=False,  # a proxy would connect to what nobody checked
         )
 
     async def deliver(self, events: Sequence[Event]) -> int:
@@ -100,7 +101,7 @@ class Webhooks:
         return status
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._transport.aclose()
 
     async def _target(self, endpoint_id: int) -> _Target:
         async with self._runtime.database.autocommit() as connection:
@@ -132,21 +133,31 @@ class Webhooks:
             "webhook-signature": secrets.signature(target.secrets, message_id, target.now, body),
         }
         for number, address in enumerate(addresses, 1):
-            checked = url.copy_with(host=str(address))
+            request = httpx2.Request(
+                "POST",
+                url.copy_with(host=str(address)),
+                headers=headers,
+                content=body,
+                extensions={"sni_hostname": host},
+            )
             try:
-                async with self._client.stream(
-                    "POST", checked, headers=headers, content=body, extensions={"sni_hostname": host}
-                ) as response:
-                    read = 0
-                    async for chunk in response.aiter_raw():
-                        read += len(chunk)
-                        if read >= LONGEST_ANSWER:
-                            break
-                    return response.status_code
+                return await self._send(request)
             except httpx2.ConnectError:
                 if number == len(addresses):
                     raise
         raise OSError("no address")
+
+    async def _send(self, request: httpx2.Request) -> int:
+        response = await self._transport.handle_async_request(request)
+        try:
+            read = 0
+            async for chunk in response.aiter_raw():
+                read += len(chunk)
+                if read >= LONGEST_ANSWER:
+                    break
+        finally:
+            await response.aclose()
+        return response.status_code
 
     async def _disable(self, tenant_id: int, endpoint_id: int) -> None:
         async with self._runtime.begin() as tx:
