@@ -1,12 +1,12 @@
 """Deliveries that were given up, and giving them another chance."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Row, func, select, update
+from sqlalchemy import ColumnElement, Row, func, select, update
 
 from libs.domain import audit
 from libs.domain.jobs import DispatchOutbox
@@ -71,11 +71,7 @@ async def listed(
     limit: int,
 ) -> Page[DeadDelivery]:
     """What was given up, newest first: of one tenant or of all, of one consumer or of all."""
-    statement = _DEAD
-    if tenant_id is not None:
-        statement = statement.where(outbox_events.c.tenant_id == tenant_id)
-    if consumer is not None:
-        statement = statement.where(outbox_deliveries.c.consumer == consumer)
+    statement = _DEAD.where(*_of(tenant_id, consumer))
     return await page_of(tx, statement, outbox_deliveries.c.id, cursor, limit, _dead)
 
 
@@ -92,21 +88,25 @@ async def replay(
     statement = (
         update(outbox_deliveries)
         .where(outbox_deliveries.c.dead_at.is_not(None), outbox_events.c.id == outbox_deliveries.c.event_id)
+        .where(*_of(tenant_id, consumer))
         .values(ANEW)
         .returning(outbox_deliveries.c.id, outbox_deliveries.c.consumer, outbox_events.c.tenant_id)
     )
     if ids is not None:
         statement = statement.where(outbox_deliveries.c.id.in_(ids))
-    if tenant_id is not None:
-        statement = statement.where(outbox_events.c.tenant_id == tenant_id)
-    if consumer is not None:
-        statement = statement.where(outbox_deliveries.c.consumer == consumer)
     rows = sorted((await tx.execute(statement)).all(), key=lambda row: int(row.id))
     for row in rows:
         details = {"consumer": row.consumer}
         await audit.write(tx, row.tenant_id, actor_id, "delivery_replayed", f"delivery:{row.id}", details)
     tx.ring(DispatchOutbox())
     return [row.id for row in rows]
+
+
+def _of(tenant_id: int | None, consumer: str | None) -> Iterator[ColumnElement[bool]]:
+    if tenant_id is not None:
+        yield outbox_events.c.tenant_id == tenant_id
+    if consumer is not None:
+        yield outbox_deliveries.c.consumer == consumer
 
 
 def _dead(row: Row[Any]) -> DeadDelivery:

@@ -71,9 +71,10 @@ _CLAIM: Final = _claiming("d.lane = $1")
 _CLAIM_WEBHOOK: Final = _claiming(f"d.lane = '{Lane.WEBHOOKS}' AND d.consumer = $1")
 
 _WAITING_WEBHOOKS: Final = f"""
-    SELECT DISTINCT consumer FROM outbox_deliveries
+    SELECT consumer FROM outbox_deliveries
     WHERE {PENDING_DELIVERY} AND lane = '{Lane.WEBHOOKS}' AND available_at <= clock()
       AND (lease_until IS NULL OR lease_until <= clock())
+    GROUP BY consumer ORDER BY min(available_at)
 """
 
 _DISPATCHED: Final = """
@@ -143,7 +144,7 @@ class Dispatcher:
         return taken
 
     async def waiting_webhooks(self) -> list[str]:
-        """The webhooks that have something to be delivered now."""
+        """The webhooks that have something to be delivered now, those that have waited longest first."""
         async with self._database.autocommit() as connection:
             return [row["consumer"] for row in await connection.fetch(_WAITING_WEBHOOKS)]
 

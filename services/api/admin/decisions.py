@@ -41,8 +41,14 @@ Since = Annotated[
     WithJsonSchema(_SINCE_SCHEMA),
     Query(description="A span such as `90m`, `24h` or `7d`, or an RFC 3339 timestamp."),
 ]
+Beginning = Annotated[
+    timedelta | datetime | None,
+    BeforeValidator(_since),
+    WithJsonSchema({"type": "string", "examples": _SINCE_SCHEMA["examples"]}),
+    Query(description="A span such as `90m`, `24h` or `7d`, or an RFC 3339 timestamp."),
+]
 OperationName = Annotated[str, AfterValidator(_known)]
-Action = Annotated[str | None, Query(pattern=r"^[a-z_]{1,100}$", examples=["user_created"])]
+Action = Annotated[str | None, Query(pattern=r"^[a-z]+(_[a-z]+)+$", max_length=100, examples=["user_created"])]
 Subject = Annotated[str | None, Query(pattern=r"^[a-z_]{1,40}:[A-Za-z0-9_]{1,60}$", examples=["user:7"])]
 IdQuery = Annotated[int | None, Query(ge=1, le=MAX_ID), Digits]
 
@@ -137,7 +143,7 @@ async def list_audit_log(
     actor_id: IdQuery = None,
     action: Action = None,
     subject: Subject = None,
-    since: Since | None = None,
+    since: Beginning = None,
     cursor: Cursor = None,
     limit: Limit = DEFAULT_LIMIT,
 ) -> PageOut[AuditEntryOut]:

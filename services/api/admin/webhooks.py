@@ -133,6 +133,7 @@ async def list_webhooks(
 
 @router.get("/{webhook_id}", responses=refusals(Reason.NOT_FOUND))
 async def get_webhook(webhook_id: IdPath, caller: Administrator, tx: Tx) -> WebhookOut:
+    """An endpoint as it stands."""
     return _shown(await endpoints.get(tx, caller, webhook_id))
 
 
