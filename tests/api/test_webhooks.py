@@ -255,8 +255,8 @@ async def test_the_audit_log_is_searched(api: Api, clinic: Clinic, query: dict[s
         """
         INSERT INTO audit_log (tenant_id, actor_id, action, subject, at)
         SELECT $1, actor, action, subject, clock() - hours * interval '1 hour'
-        FROM (VALUES (1, 'is_a', 'user:7', 5), (NULL, 'is_b', 'webhook:1', 4), (2, 'is_c', 'user:7', 3), (2, 'is_d', 'user:8', 1),
-                     (3, 'is_e', 'flag:X', 0)) AS entry (actor, action, subject, hours)
+        FROM (VALUES (1, 'is_a', 'user:7', 5), (NULL, 'is_b', 'webhook:1', 4), (2, 'is_c', 'user:7', 3),
+                     (2, 'is_d', 'user:8', 1), (3, 'is_e', 'flag:X', 0)) AS entry (actor, action, subject, hours)
         """,
         clinic.tenant_id,
     )
