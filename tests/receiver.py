@@ -68,14 +68,14 @@ async def receiving(
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         receiver.connections += 1
         with suppress(OSError, asyncio.IncompleteReadError):
-            head, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines if line)}
-            path = head.split()[1]
-            received = Received(path, headers, await reader.readexactly(int(headers["content-length"])))
-            receiver.got.append(received)
-            if path in receiver.hanging:
-                await reader.read()  # until the other side is tired of waiting
-            else:
+            while True:  # as long as the other side keeps the connection
+                head, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+                headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines if line)}
+                path = head.split()[1]
+                received = Received(path, headers, await reader.readexactly(int(headers["content-length"])))
+                receiver.got.append(received)
+                if path in receiver.hanging:
+                    await reader.read()  # until the other side is tired of waiting
                 writer.write(receiver.answer(path))
                 await writer.drain()
         writer.close()
