@@ -215,7 +215,7 @@ class Clinic:
         """Dispatches the outbox until it has nothing that can be dispatched now; answers how much that was."""
         dispatcher = Dispatcher(self.database, {Consumer.NOTIFICATIONS: Notifications(self.database)}, self.metrics)
         dispatched = 0
-        while taken := sum([await dispatcher.dispatch(lane) for lane in Lane]):
+        while taken := sum([await dispatcher.dispatch(lane) for lane in (Lane.URGENT, Lane.NORMAL)]):
             dispatched += taken
         return dispatched
 

@@ -1,10 +1,10 @@
 """The audit log: who did what to whom, written in the transaction of the deed and never rewritten."""
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import bindparam, select, text
+from sqlalchemy import bindparam, func, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 
 from libs.domain.pages import Page, page_of
@@ -32,6 +32,18 @@ class Entry:
     correlation_id: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which entries to list: those that agree in all that is given. `since` is a moment, or how long ago it was."""
+
+    actor_id: int | None = None
+    action: str | None = None
+    subject: str | None = None
+    since: datetime | timedelta | None = None
+
+
+EVERYTHING: Final = Wanted()
+
 _COLUMNS: Final = [audit_log.c[name] for name in Entry.__dataclass_fields__]
 
 
@@ -57,7 +69,17 @@ async def write(
     )
 
 
-async def listed(tx: Transaction, caller: Principal, *, cursor: int | None, limit: int) -> Page[Entry]:
+async def listed(
+    tx: Transaction, caller: Principal, wanted: Wanted = EVERYTHING, *, cursor: int | None, limit: int
+) -> Page[Entry]:
     """What was done in the caller's tenant, newest first."""
     statement = select(*_COLUMNS).where(audit_log.c.tenant_id == caller.tenant_id)
+    for name in ("actor_id", "action", "subject"):
+        value = getattr(wanted, name)
+        if value is not None:
+            statement = statement.where(audit_log.c[name] == value)
+    if isinstance(wanted.since, timedelta):
+        statement = statement.where(audit_log.c.at >= func.clock() - wanted.since)
+    elif wanted.since is not None:
+        statement = statement.where(audit_log.c.at >= wanted.since)
     return await page_of(tx, statement, audit_log.c.id, cursor, limit, lambda row: Entry(**row._mapping))

@@ -159,8 +159,14 @@ _CONVERSION: Final = (
 _BACKGROUND: Final = (
     counter("outbox_dispatch_attempts_total", "Outbox dispatch attempts", _event_name),
     counter("outbox_dispatch_failures_total", "Outbox dispatch failures", _event_name),
-    gauge("outbox_dispatch_lag_seconds", "Age of the oldest pending outbox event"),
+    gauge("outbox_dispatch_lag_seconds", "Age of the oldest pending outbox event, those for webhooks apart"),
     gauge("outbox_dead", "Deliveries that were given up"),
+    counter(
+        "webhook_deliveries_total",
+        "Attempts to deliver an event to a webhook endpoint",
+        Label("result", ("delivered", "rejected", "gone", "timeout", "unreachable", "forbidden")),
+    ),
+    histogram("webhook_delivery_duration_seconds", "Duration of an attempt to deliver to a webhook endpoint"),
     gauge("worker_queue_depth", "Pending items per queue", Label("queue", ("outbox", "arq"))),
     gauge("db_connections_in_use", "Pool connections checked out", Label("pool", ("api", "worker"))),
     gauge("db_connections_max", "Pool connections at most", Label("pool", ("api", "worker"))),

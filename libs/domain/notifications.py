@@ -9,7 +9,6 @@ from sqlalchemy import Row, select
 
 from libs.domain.db import Database
 from libs.domain.outbox.dispatch import Event
-from libs.domain.outbox.events import EventName
 from libs.domain.pages import Page, page_of
 from libs.domain.tables import notifications, sessions
 from libs.domain.transaction import Transaction
@@ -22,9 +21,6 @@ _NOTIFY: Final = """
     SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::bigint[], $5::bigint[], $6::uuid[])
     ON CONFLICT DO NOTHING
 """
-
-# What happens is told; what it costs is asked for.
-_UNTOLD: Final = frozenset({EventName.SESSION_CHARGED, EventName.CHARGES_REFUNDED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +50,8 @@ class Notifications:
                 event.event_id,
             )
             for event in events
-            if event.name not in _UNTOLD
             for party in ("patient_id", "doctor_id")
         ]
-        if not rows:
-            return
         async with self._database.autocommit() as connection:
             await connection.execute(_NOTIFY, *zip(*rows, strict=True))
 

@@ -15,6 +15,7 @@ from libs.domain.conversion.monitor import Thresholds
 from libs.domain.db import Database
 from libs.domain.decisions.recorder import Recorder
 from libs.domain.flags.live import LiveFlags
+from libs.domain.sealing import FieldKeys
 from libs.domain.sessions.door import Door
 from libs.domain.sessions.settlement import Settlement
 from libs.domain.settings import FlagSettings, Settings
@@ -45,6 +46,7 @@ class Runtime:
     guard: Guard
     settlement: Settlement
     door: Door
+    field_keys: FieldKeys
     bodies: Bodies
     chat: Chat
 
@@ -59,7 +61,8 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
     recorder = Recorder(database, metrics, sample_rate=settings.decision_sample_rate)
     guard = Guard(live, GuardTelemetry(metrics, recorder))
     settlement = Settlement(metrics)
-    bodies = Bodies.parse(settings.field_keys.get_secret_value())
+    field_keys = FieldKeys.parse(settings.field_keys.get_secret_value())
+    bodies = Bodies(field_keys)
     chat = Chat(
         database,
         bell,
@@ -70,9 +73,8 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
         response_window=timedelta(seconds=settings.text_session_response_window_seconds),
         messages_per_minute=settings.chat_messages_per_minute,
     )
-    return Runtime(
-        settings, metrics, database, bell, recorder, live, guard, settlement, Door(guard, settlement), bodies, chat
-    )
+    door = Door(guard, settlement)
+    return Runtime(settings, metrics, database, bell, recorder, live, guard, settlement, door, field_keys, bodies, chat)
 
 
 @asynccontextmanager

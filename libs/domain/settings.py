@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from libs.domain.chat.bodies import Bodies
+from libs.domain.sealing import FieldKeys
 
 SECRET_MIN_BYTES: Final = 32
 """An HS256 key shorter than its hash is easier to guess than the signature."""
@@ -42,7 +42,7 @@ def _long_enough(secret: SecretStr) -> SecretStr:
 
 
 def _field_keys(listed: SecretStr) -> SecretStr:
-    Bodies.parse(listed.get_secret_value())
+    FieldKeys.parse(listed.get_secret_value())
     return listed
 
 
@@ -58,6 +58,13 @@ def _networks(listed: str) -> str:
             ip_network(network)
     except ValueError:
         raise ValueError("must be networks such as 10.0.0.0/8, separated by commas") from None
+    return listed
+
+
+def _ports(listed: str) -> str:
+    ports = [port.strip() for port in listed.split(",")]
+    if not all(port.isascii() and port.isdigit() and 0 < int(port) < 65536 for port in ports):
+        raise ValueError("must be ports such as 443,8443")
     return listed
 
 
@@ -126,11 +133,17 @@ class Settings(DatabaseSettings):
     """Networks whose clients may read the metrics without a password, such as 10.0.0.0/8, separated by commas."""
 
     field_keys: Annotated[SecretStr, AfterValidator(_field_keys)] = SecretStr("")
-    """Keys that seal message bodies, id:key,…, each of 32 bytes in base64; the first seals, all open."""
+    """Keys that seal message bodies and the secrets of webhooks, id:key,…, each of 32 bytes in base64; the first
+    seals, all open."""
     chat_messages_per_minute: Positive = 60
     """How many messages a participant may send in a minute, over HTTP and sockets together."""
     text_session_response_window_seconds: Positive = 300
     """How long a text session waits for the doctor's first answer, in seconds."""
+    webhook_ports: Annotated[str, AfterValidator(_ports)] = "443"
+    """The ports to which webhooks may be sent, separated by commas."""
+    webhook_allow_networks: Annotated[str, AfterValidator(_networks)] = ""
+    """Networks of your own, such as 10.1.0.0/16, separated by commas, to which webhooks may be sent as well: at any
+    port, and without TLS. Everything else that is not public is refused."""
     decision_sample_rate: Share = 0.01
     """Share of simply allowed calls that the decision log keeps; what was refused or warned of is all kept."""
     conversion_batch_limit: Positive = 1000

@@ -34,7 +34,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB, TSTZRANGE, ExcludeConstraint
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TSTZRANGE, ExcludeConstraint
 
 metadata: Final = MetaData(
     naming_convention={
@@ -546,11 +546,13 @@ outbox_deliveries = Table(
     _time("lease_until"),
     Column("lease_token", Uuid),
     Column("last_error", Text),
+    # Of the last attempt, where the consumer is a server that answers.
+    Column("response_status", Integer),
     _time("dispatched_at"),
     _time("dead_at"),
     UniqueConstraint("event_id", "consumer"),
     CheckConstraint("dispatched_at IS NULL OR dead_at IS NULL", name="one_ending"),
-    CheckConstraint("lane IN ('urgent', 'normal')", name="lane"),
+    CheckConstraint("lane IN ('urgent', 'normal', 'webhooks')", name="lane"),
     Index("outbox_deliveries_pending_idx", "lane", "available_at", "id", postgresql_where=text(PENDING_DELIVERY)),
     Index(
         "outbox_deliveries_order_idx",
@@ -560,7 +562,51 @@ outbox_deliveries = Table(
         postgresql_where=text(PENDING_DELIVERY),
     ),
     Index("outbox_deliveries_dead_idx", "dead_at", postgresql_where=text("dead_at IS NOT NULL")),
+    # Each webhook is claimed on its own, and its operator lists what it got.
+    Index(
+        "outbox_deliveries_webhook_pending_idx",
+        "consumer",
+        "available_at",
+        "id",
+        postgresql_where=text(f"lane = 'webhooks' AND {PENDING_DELIVERY}"),
+    ),
+    Index("outbox_deliveries_webhook_idx", "consumer", "id", postgresql_where=text("lane = 'webhooks'")),
     postgresql_with={"autovacuum_vacuum_scale_factor": "0.01"},
+)
+
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    metadata,
+    _id(),
+    _tenant(known=False),
+    Column("url", Text, nullable=False),
+    Column("description", Text),
+    # The names of the events that it gets.
+    Column("events", ARRAY(Text), nullable=False),
+    _time("disabled_at"),
+    Column("disabled_reason", Text),
+    _time("created_at", default_now=True),
+    UniqueConstraint("tenant_id", "url"),
+    UniqueConstraint("tenant_id", "id"),
+    CheckConstraint("disabled_reason IN ('operator', 'gone')", name="disabled_reason"),
+    CheckConstraint("(disabled_at IS NULL) = (disabled_reason IS NULL)", name="disabled"),
+)
+
+webhook_secrets = Table(
+    "webhook_secrets",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("endpoint_id", BigInteger, nullable=False),
+    # In clear, or sealed with the key that `key_id` names.
+    Column("secret", LargeBinary, nullable=False),
+    Column("key_id", Text),
+    _time("created_at", default_now=True),
+    # A secret that was replaced goes on signing until then.
+    _time("expires_at"),
+    _within_tenant("endpoint_id", "webhook_endpoints"),
+    Index("webhook_secrets_current_key", "endpoint_id", unique=True, postgresql_where=text("expires_at IS NULL")),
+    Index(None, "endpoint_id"),
 )
 
 notifications = Table(

@@ -30,6 +30,8 @@ class Permission(StrEnum):
     REFUND_CHARGES = "refund_charges"
     ADMINISTER_PEOPLE = "administer_people"
     ADMINISTER_FLAGS = "administer_flags"
+    ADMINISTER_WEBHOOKS = "administer_webhooks"
+    REPLAY_DELIVERIES = "replay_deliveries"
     SEE_OPERATIONS = "see_operations"
 
 
@@ -53,6 +55,8 @@ ROLES: dict[Permission, frozenset[Role]] = {
     Permission.REFUND_CHARGES: frozenset({Role.OPERATOR}),
     Permission.ADMINISTER_PEOPLE: frozenset({Role.OPERATOR}),
     Permission.ADMINISTER_FLAGS: frozenset({Role.OPERATOR}),
+    Permission.ADMINISTER_WEBHOOKS: frozenset({Role.OPERATOR}),
+    Permission.REPLAY_DELIVERIES: frozenset({Role.OPERATOR}),
     Permission.SEE_OPERATIONS: frozenset({Role.OPERATOR}),
 }
 

@@ -25,7 +25,9 @@ from libs.observability.tracing import tracer_provider
 from services.api import errors, public
 from services.api.admin.decisions import router as decisions
 from services.api.admin.flags import router as admin_flags
+from services.api.admin.outbox import router as admin_outbox
 from services.api.admin.routes import router as admin
+from services.api.admin.webhooks import router as admin_webhooks
 from services.api.appointments.routes import router as appointments
 from services.api.billing import routes as billing
 from services.api.chat.routes import router as chat
@@ -44,18 +46,8 @@ from services.api.settings import ApiSettings, origins_of
 
 # In the order in which a request tries them, the busiest first.
 ROOMS: Final = (
-    chat,
-    sessions,
-    billing.sessions_router,
-    appointments,
-    realtime,
-    notifications,
-    people,
-    billing.balance_router,
-    admin,
-    billing.operators_router,
-    decisions,
-    admin_flags,
+    *(chat, sessions, billing.sessions_router, appointments, realtime, notifications, people),
+    *(billing.balance_router, admin, billing.operators_router, decisions, admin_flags, admin_outbox, admin_webhooks),
 )
 BASE: Final = "/api/v1"
 GRACE_SECONDS: Final = 15

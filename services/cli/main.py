@@ -18,6 +18,7 @@ COMMANDS: Final = {
     "billing": "services.cli.billing:app",
     "keys": "services.cli.keys:app",
     "flags": "services.cli.flags:app",
+    "outbox": "services.cli.outbox:app",
     "explain": "services.cli.explain:explain",
     "demo": "services.cli.demo:demo",
 }

@@ -29,7 +29,8 @@ _LEAVE: Final = "DELETE FROM workers WHERE name = $1 OR beat_at < clock() - inte
 
 _OUTBOX: Final = f"""
     SELECT count(*) AS depth,
-        coalesce(extract(epoch FROM clock() - min(e.created_at)), 0)::float8 AS lag,
+        -- A receiver that does not answer is no lag of ours.
+        coalesce(extract(epoch FROM clock() - min(e.created_at) FILTER (WHERE d.lane <> 'webhooks')), 0)::float8 AS lag,
         (SELECT count(*) FROM outbox_deliveries WHERE dead_at IS NOT NULL) AS dead
     FROM outbox_deliveries d JOIN outbox_events e ON e.id = d.event_id
     WHERE {PENDING_DELIVERY}

@@ -15,15 +15,16 @@ from libs.domain.db import WORKER_TIMEOUTS, Database
 from libs.domain.doorbell import Doorbell
 from libs.domain.jobs import ConvertDue, DispatchOutbox, Job
 from libs.domain.notifications import Notifications
-from libs.domain.outbox.dispatch import Dispatcher
+from libs.domain.outbox.dispatch import Dispatcher, EventConsumer
 from libs.domain.outbox.events import Consumer, Lane
 from libs.domain.runtime import compose, flags_of, telemetry
 from libs.domain.settings import FlagSettings, libpq_dsn, load
 from libs.domain.telemetry import logger
+from libs.domain.webhooks.sending import Webhooks
 from libs.observability.exposition import MetricsAccess, serve_metrics
 from libs.observability.loop import watch_loop
 from services.worker.gauges import Gauges
-from services.worker.outbox import OutboxLane
+from services.worker.outbox import OutboxLane, WebhookLane
 from services.worker.pulse import Pulse
 from services.worker.runner import functions, listen
 from services.worker.settings import WorkerSettings
@@ -72,8 +73,14 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
             batch_limit=settings.conversion_batch_limit,
         )
         pulse = Pulse(runtime, converter, reporter)
-        dispatcher = Dispatcher(database, {Consumer.NOTIFICATIONS: Notifications(database)}, metrics)
-        lanes = [OutboxLane(dispatcher, lane) for lane in Lane]
+        webhooks = Webhooks(runtime)
+        consumers: dict[Consumer, EventConsumer] = {
+            Consumer.NOTIFICATIONS: Notifications(database),
+            Consumer.WEBHOOK: webhooks,
+        }
+        dispatcher = Dispatcher(database, consumers, metrics)
+        lanes: list[OutboxLane | WebhookLane] = [OutboxLane(dispatcher, lane) for lane in (Lane.URGENT, Lane.NORMAL)]
+        lanes.append(WebhookLane(dispatcher))
         gauges = Gauges(runtime, settings.worker_name, lambda: pulse.is_well)
 
         def dispatch() -> None:
@@ -97,6 +104,7 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
                     await gauges.leave()
                 _log.info("worker_stopped", worker=settings.worker_name)
         finally:
+            await webhooks.close()
             await doorbell.close()
             await database.close()
 

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
+from uuid import uuid4
 
 import asyncpg
 from httpx2 import Response
@@ -113,6 +114,16 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
     message = {"client_message_id": "1", "body": "Hello", "kind": "text", "media_url": "https://example.org/1"}
     stored = [await clinic.message(chatting, str(number)) for number in range(3)]
     reply = {"client_message_id": "2", "body": "Good morning"}
+    webhooks = api.as_(clinic.operator)
+
+    def webhook(name: str) -> dict[str, Any]:
+        return {"url": f"https://example.org/{name}/{uuid4()}", "description": "ours", "events": ["session_started"]}
+
+    async def register(name: str) -> str:
+        return str((await webhooks.post("/admin/webhooks", json=webhook(name))).json()["id"])
+
+    webhook_id = await register("used")
+    delivery_id = str((await webhooks.post(f"/admin/webhooks/{webhook_id}/test")).json()["id"])
     user = {"role": "doctor", "name": "Grace", "country": "MW", "active": True}
     operator = clinic.operator
     good: dict[str, tuple[Principal, dict[str, str], dict[str, Any]]] = {
@@ -152,6 +163,21 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
         "get_rollout": (operator, {}, {}),
         "list_decisions": (operator, {}, {}),
         "list_audit_log": (operator, {}, {}),
+        "list_dead_deliveries": (operator, {}, {}),
+        "replay_dead_delivery": (operator, {"delivery_id": await dead_delivery(clinic)}, {}),
+        "register_webhook": (operator, {}, webhook("registered")),
+        "list_webhooks": (operator, {}, {}),
+        "get_webhook": (operator, {"webhook_id": webhook_id}, {}),
+        "change_webhook": (
+            operator,
+            {"webhook_id": webhook_id},
+            {"enabled": True, "description": "theirs", "events": ["session_ended"]},
+        ),
+        "rotate_webhook_secret": (operator, {"webhook_id": webhook_id}, {}),
+        "list_webhook_deliveries": (operator, {"webhook_id": webhook_id}, {}),
+        "redeliver_to_webhook": (operator, {"webhook_id": webhook_id, "delivery_id": delivery_id}, {}),
+        "test_webhook": (operator, {"webhook_id": webhook_id}, {}),
+        "remove_webhook": (operator, {"webhook_id": await register("removed")}, {}),
         "list_flags": (operator, {}, {}),
         "set_flag": (
             operator,
@@ -167,6 +193,22 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
     }
     assert good.keys() == described.keys(), "Each operation needs a good request here."
     return [Call(*described[name], *request) for name, request in good.items()]
+
+
+async def dead_delivery(clinic: Clinic) -> str:
+    """The id of a delivery that was given up; for nobody who would notice."""
+    dead: int = await clinic.fetchval(
+        """
+        WITH event AS (
+            INSERT INTO outbox_events (tenant_id, name, aggregate, payload)
+            VALUES ($1, 'ping', 'test:1', '{}') RETURNING id
+        )
+        INSERT INTO outbox_deliveries (event_id, consumer, lane, aggregate, dead_at)
+        SELECT id, 'test', 'webhooks', 'test:1', clock() FROM event RETURNING id
+        """,
+        clinic.tenant_id,
+    )
+    return str(dead)
 
 
 RECORDS: Final = {"decisions", "decision_totals"}

@@ -174,7 +174,13 @@ async def test_the_ids_of_another_tenant_lead_nowhere(
 ) -> None:
     elsewhere = await Clinic.open(database, "Elsewhere")
     theirs = await elsewhere.session()
+    operator = api.as_(elsewhere.operator)
+    registered = await operator.post("/admin/webhooks", json={"url": "https://example.org/"})
+    webhook_id = str(registered.json()["id"])
+    tested = await operator.post(f"/admin/webhooks/{webhook_id}/test")
     ids: dict[str, Any] = {
+        "webhook_id": webhook_id,
+        "delivery_id": str(tested.json()["id"]),
         "appointment_id": str(theirs.appointment_id),
         "context": theirs.context,
         "message_id": str(await elsewhere.message(theirs)),

@@ -71,6 +71,18 @@ set_flag                  403     403      200      403     403     403      403
 get_rollout               403     403      200      403     403     403      403     403      200     403
 list_decisions            403     403      200      403     403     403      403     403      200     403
 list_audit_log            403     403      200      403     403     403      403     403      200     403
+list_dead_deliveries      403     403      200      403     403     403      403     403      200     403
+replay_dead_delivery      403     403      204      403     403     403      403     403      404     403
+
+register_webhook          403     403      201      403     403     403      403     403      201     403
+list_webhooks             403     403      200      403     403     403      403     403      200     403
+get_webhook               403     403      200      403     403     403      403     403      404     403
+change_webhook            403     403      200      403     403     403      403     403      404     403
+rotate_webhook_secret     403     403      200      403     403     403      403     403      404     403
+list_webhook_deliveries   403     403      200      403     403     403      403     403      404     403
+redeliver_to_webhook      403     403      200      403     403     403      403     403      404     403
+test_webhook              403     403      201      403     403     403      403     403      404     403
+remove_webhook            403     403      204      403     403     403      403     403      404     403
 """
 EVERYBODY: Final = (
     *("patient", "doctor", "operator"),
@@ -98,7 +110,7 @@ OWN: Final = {
 
 def not_found(names: dict[str, Any]) -> str:
     """What tells somebody without a right that there is nothing, by what the request names."""
-    if "user_id" in names:
+    if names.keys() & {"user_id", "webhook_id", "delivery_id"}:
         return "NOT_FOUND"
     return (
         "SESSION_NOT_FOUND"

@@ -8,7 +8,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from libs.domain.chat.bodies import Bodies, StoredBody, UnreadableBodyError, new_key
+from libs.domain.chat.bodies import Bodies, StoredBody
+from libs.domain.sealing import FieldKeys, UnreadableFieldError, new_key
 from tests.api.expect import found, problem
 from tests.cli.conftest import sessiongate
 from tests.clinic import Clinic, LiveSession
@@ -56,7 +57,7 @@ async def test_a_sealed_message_is_read_as_any_other_and_is_nowhere_in_the_datab
 
 
 async def test_a_row_moved_elsewhere_or_changed_cannot_be_opened() -> None:
-    bodies = Bodies.parse(OLD)
+    bodies = Bodies(FieldKeys.parse(OLD))
     sealed = bodies.seal(1, "a", SECRET)
     assert sealed.sealed_body is not None
     assert bodies.open(1, "a", sealed) == SECRET
@@ -67,7 +68,7 @@ async def test_a_row_moved_elsewhere_or_changed_cannot_be_opened() -> None:
         ((1, "a"), StoredBody(None, changed, "old")),
         ((1, "a"), StoredBody(None, sealed.sealed_body, "older")),
     ):
-        with pytest.raises(UnreadableBodyError):
+        with pytest.raises(UnreadableFieldError):
             bodies.open(*place, stored)
     assert bodies.seal(1, "a", SECRET) != sealed, "The same body is sealed differently each time."
 
@@ -75,7 +76,7 @@ async def test_a_row_moved_elsewhere_or_changed_cannot_be_opened() -> None:
 @pytest.mark.parametrize("listed", ["key", "a:", ":" + OLD[4:], "a:AAAA", f"{OLD},{OLD}", "a b" + OLD[3:], OLD + "="])
 def test_keys_that_are_none_are_refused_and_not_repeated(listed: str) -> None:
     with pytest.raises(ValueError, match="each key 32 bytes") as refused:
-        Bodies.parse(listed)
+        FieldKeys.parse(listed)
     assert OLD[4:] not in str(refused.value)
 
 
@@ -108,8 +109,8 @@ async def test_keys_are_rotated_while_messages_are_sent(
     listed = json.loads((await asyncio.to_thread(sessiongate, tmp_path, "keys", "list", "--json", env=env)).stdout)
     assert listed == {
         "keys": [
-            {"id": "new", "messages": 22, "configured": True, "current": True},
-            {"id": "old", "messages": 0, "configured": True, "current": False},
+            {"id": "new", "messages": 22, "webhook_secrets": 0, "configured": True, "current": True},
+            {"id": "old", "messages": 0, "webhook_secrets": 0, "configured": True, "current": False},
         ],
         "in_clear": 0,
     }
@@ -135,5 +136,5 @@ async def test_rotation_without_the_old_key_says_so_and_changes_nothing(
 
 def test_a_generated_key_is_one(tmp_path: Path) -> None:
     made = sessiongate(tmp_path, "keys", "generate", "--id", "2026-11")
-    assert Bodies.parse(made.stdout.strip()).current == "2026-11"
+    assert FieldKeys.parse(made.stdout.strip()).current == "2026-11"
     assert sessiongate(tmp_path, "keys", "generate", "--id", "no spaces").returncode == 1

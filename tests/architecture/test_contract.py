@@ -71,7 +71,7 @@ FLAGS = {
 }
 EVENTS = (
     "appointment_confirmed appointment_cancelled appointment_expired reschedule_proposed reschedule_accepted"
-    " reschedule_rejected session_started session_ending_soon session_ended session_charged charges_refunded"
+    " reschedule_rejected session_started session_ending_soon session_ended session_charged charges_refunded ping"
 )
 OPERATIONS_OF_SESSIONS = (
     "view_session complete_session deduct_interval view_billing ring answer connect decline"
@@ -154,6 +154,11 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "outbox_dispatch_failures_total": ("counter", {"event_name": EVENTS}),
     "outbox_dispatch_lag_seconds": ("gauge", {}),
     "outbox_dead": ("gauge", {}),
+    "webhook_deliveries_total": (
+        "counter",
+        {"result": "delivered rejected gone timeout unreachable forbidden"},
+    ),
+    "webhook_delivery_duration_seconds": ("histogram", {}),
     "worker_queue_depth": ("gauge", {"queue": "outbox arq"}),
     "db_connections_in_use": ("gauge", {"pool": "api worker"}),
     "db_connections_max": ("gauge", {"pool": "api worker"}),
@@ -201,6 +206,7 @@ LOG_EVENTS = {
     "outbox_dispatched": "event_name outbox_id attempts event_id consumer tenant_id",
     "outbox_failed": "event_name outbox_id attempts consumer error_message exception_type dead",
     "outbox_lane_failed": "exception_type",
+    "webhook_disabled": "endpoint_id tenant_id reason",
     "job_finished": "task result duration_ms",
     "worker_started": "worker metrics_port",
     "worker_stopped": "worker",
@@ -278,6 +284,17 @@ ROUTES = {
     "GET /api/v1/admin/audit-log",
     "GET /api/v1/admin/flags",
     "PUT /api/v1/admin/flags/{flag}",
+    "GET /api/v1/admin/outbox/dead",
+    "POST /api/v1/admin/outbox/dead/{delivery_id}/replay",
+    "GET /api/v1/admin/webhooks",
+    "POST /api/v1/admin/webhooks",
+    "GET /api/v1/admin/webhooks/{webhook_id}",
+    "PATCH /api/v1/admin/webhooks/{webhook_id}",
+    "DELETE /api/v1/admin/webhooks/{webhook_id}",
+    "POST /api/v1/admin/webhooks/{webhook_id}/rotate-secret",
+    "POST /api/v1/admin/webhooks/{webhook_id}/test",
+    "GET /api/v1/admin/webhooks/{webhook_id}/deliveries",
+    "POST /api/v1/admin/webhooks/{webhook_id}/deliveries/{delivery_id}/redeliver",
 }
 BODIES = {
     "AppointmentOut": "id patient_id doctor_id modality status starts_at ends_at duration_minutes reason session_id"
@@ -311,6 +328,15 @@ BODIES = {
     "DecisionOut": "id at operation identifier appointment_id session_id user_id role client verdict reason flag flags"
     " correlation_id",
     "AuditEntryOut": "id at actor_id action subject details correlation_id",
+    "DeadDeliveryOut": "id event_id event_name consumer aggregate attempts last_error response_status occurred_at"
+    " dead_at",
+    "RegisterWebhook": "url description events",
+    "ChangeWebhook": "enabled description events",
+    "WebhookOut": "id url description events enabled disabled_at disabled_reason created_at",
+    "RegisteredWebhookOut": "id url description events enabled disabled_at disabled_reason created_at secret",
+    "RotatedSecretOut": "secret old_secret_expires_at",
+    "WebhookDeliveryOut": "id event_id type status attempts response_status last_error occurred_at next_attempt_at"
+    " delivered_at dead_at",
     "FlagsOut": "items",
     "FlagOut": "flag enabled origin tripwire",
     "TripwireOut": "share minutes minimum",
@@ -401,7 +427,7 @@ def test_spans_keep_their_names() -> None:
     looked_up = {"appointments.auto_start", "appointments.recover"}
     assert names - {"_SPANS[run.task]"} | looked_up == SPANS
     assert looked_up <= strings()
-    assert {consumer.value for consumer in Consumer} == {"notifications"}
+    assert {consumer.value for consumer in Consumer} == {"notifications", "webhook"}
 
 
 class Unwilling:

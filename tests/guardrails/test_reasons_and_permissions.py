@@ -61,6 +61,7 @@ GRANTED = {
         *("see_oneself", "see_doctors", "see_notifications", "see_appointments", "see_sessions"),
         *("book_appointments", "confirm_appointments", "cancel_appointments", "propose_new_times"),
         *("administer_people", "administer_flags", "see_operations"),
+        *("administer_webhooks", "replay_deliveries"),
     },
     Role.SERVICE: set(),
 }

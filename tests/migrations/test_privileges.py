@@ -9,7 +9,7 @@ from tests.clinic import Clinic
 
 CHANGED_IN_PLACE = {
     *("tenants", "users", "subscriptions", "appointments", "busy_intervals", "sessions", "conversations"),
-    *("participants", "reactions", "conversion_runs", "outbox_deliveries", "notifications"),
+    *("participants", "reactions", "conversion_runs", "notifications"),
 }
 ONLY_ADDED_TO = {"appointment_parties", "messages", "conversion_attempts", "outbox_events", "audit_log"}
 ONLY_ADDED_TO |= {"ledger_transactions", "ledger_entries"}
@@ -21,6 +21,9 @@ SWEPT = {
     "socket_tickets": {"INSERT", "DELETE"},
     "flag_overrides": {"INSERT", "UPDATE", "DELETE"},
     "decisions": {"INSERT", "DELETE"},
+    "outbox_deliveries": {"INSERT", "UPDATE", "DELETE"},
+    "webhook_endpoints": {"INSERT", "UPDATE", "DELETE"},
+    "webhook_secrets": {"INSERT", "UPDATE", "DELETE"},
     "decision_totals": {"INSERT", "UPDATE", "DELETE"},
 }
 
@@ -86,3 +89,12 @@ async def test_the_services_own_nothing_and_administer_nothing(owner: "asyncpg.C
 async def test_the_database_refuses_the_services(clinic: Clinic, statement: str) -> None:
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await clinic.fetch(statement)
+
+
+@pytest.mark.parametrize(
+    "statement", ["UPDATE audit_log SET action = ''", "DELETE FROM audit_log", "TRUNCATE audit_log"]
+)
+async def test_not_even_the_owner_rewrites_the_audit_log(owner: "asyncpg.Connection[Any]", statement: str) -> None:
+    with pytest.raises(asyncpg.InsufficientPrivilegeError, match="only ever added to"):
+        await owner.execute(statement)
+    await owner.execute("INSERT INTO audit_log (action, subject) VALUES ('looked', 'user:1')")

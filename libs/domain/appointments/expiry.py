@@ -26,7 +26,7 @@ _EXPIRE_PENDING: Final = text(
         SELECT tenant_id, :name, 'appointment:' || id,
                jsonb_build_object('appointment_id', id, 'patient_id', patient_id, 'doctor_id', doctor_id)
         FROM expired
-        RETURNING id, aggregate
+        RETURNING id, tenant_id, name, aggregate
     ),
     delivery AS ({deliver(":lane")})
     SELECT count(*) FROM expired

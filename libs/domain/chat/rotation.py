@@ -31,7 +31,7 @@ async def in_use(connection: "asyncpg.Connection[Any]") -> dict[str | None, int]
 async def rotate(connection: "asyncpg.Connection[Any]", bodies: Bodies) -> AsyncIterator[int]:
     """Seals every message with the current key; yields how many each batch, which is one transaction, sealed.
 
-    Safe to interrupt and to run again. Raises `UnreadableBodyError` when an older key is not configured, and
+    Safe to interrupt and to run again. Raises `UnreadableFieldError` when an older key is not configured, and
     leaves that batch as it is.
     """
     last_id = 0

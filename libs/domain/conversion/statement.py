@@ -161,7 +161,7 @@ _WRITE: Final = f"""
                CASE WHEN span_id IS NULL THEN carrier ELSE carrier || jsonb_build_object(
                    'traceparent', overlay(carrier ->> 'traceparent' PLACING span_id FROM 37)) END
         FROM outcome WHERE result = 'created'
-        RETURNING id, aggregate
+        RETURNING id, tenant_id, name, aggregate
     ),
     delivery AS ({deliver(f"'{LANES[EventName.SESSION_STARTED]}'")})
     SELECT o.id AS appointment_id, o.tenant_id, o.modality, o.result, o.attempt, o.session_id, o.span_id, o.carrier,

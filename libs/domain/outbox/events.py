@@ -16,6 +16,8 @@ class EventName(StrEnum):
     SESSION_ENDED = "session_ended"
     SESSION_CHARGED = "session_charged"
     CHARGES_REFUNDED = "charges_refunded"
+    PING = "ping"
+    """An operator tries a webhook; nobody else hears of it."""
 
 
 class Lane(StrEnum):
@@ -23,12 +25,16 @@ class Lane(StrEnum):
 
     URGENT = "urgent"
     NORMAL = "normal"
+    WEBHOOKS = "webhooks"
+    """Claimed for each endpoint on its own, so that none waits for another."""
 
 
 class Consumer(StrEnum):
-    """Each consumer has its own delivery of an event, so that a slow one holds back no other."""
+    """Each consumer has its own delivery of an event, so that a slow one holds back no other. There are as many
+    webhooks as there are endpoints: see `webhook`."""
 
     NOTIFICATIONS = "notifications"
+    WEBHOOK = "webhook"
 
 
 LANES: Final[dict[EventName, Lane]] = {
@@ -38,12 +44,24 @@ LANES: Final[dict[EventName, Lane]] = {
 }
 """Everything not named here travels in the normal lane."""
 
+UNTOLD: Final = frozenset({EventName.SESSION_CHARGED, EventName.CHARGES_REFUNDED})
+"""What happens is told to the parties; what it costs they ask for."""
+
+
+def webhook(endpoint_id: int) -> str:
+    """The consumer that is one endpoint."""
+    return f"{Consumer.WEBHOOK}:{endpoint_id}"
+
 
 def deliver(lane: str) -> str:
-    """The SQL that gives every consumer its delivery of each row of the CTE `event` (id, aggregate); `lane`
-    is an SQL expression."""
+    """The SQL that gives every consumer its delivery of each row of the CTE `event` (id, tenant_id, name,
+    aggregate); `lane` is an SQL expression."""
     return f"""
         INSERT INTO outbox_deliveries (event_id, consumer, lane, aggregate)
-        SELECT event.id, consumer, {lane}, event.aggregate
-        FROM event CROSS JOIN unnest('{{{",".join(Consumer)}}}'::text[]) AS consumer
+        SELECT event.id, '{Consumer.NOTIFICATIONS}', {lane}, event.aggregate FROM event
+        WHERE event.name <> ALL ('{{{",".join(UNTOLD)}}}')
+        UNION ALL
+        SELECT event.id, '{Consumer.WEBHOOK}:' || endpoint.id, '{Lane.WEBHOOKS}', event.aggregate
+        FROM event JOIN webhook_endpoints endpoint ON endpoint.tenant_id = event.tenant_id
+            AND event.name = ANY (endpoint.events) AND endpoint.disabled_at IS NULL
     """

@@ -147,7 +147,7 @@ SETTLE: Final = text(
         ) AS happened (rank, name, did)
         WHERE happened.did
         ORDER BY o.id, happened.rank
-        RETURNING id, aggregate
+        RETURNING id, tenant_id, name, aggregate
     ),
     delivery AS ({deliver(f"'{LANES[EventName.SESSION_ENDED]}'")})
     SELECT id, tenant_id, appointment_id, patient_id, doctor_id, conversation_id, modality, status AS was, next,

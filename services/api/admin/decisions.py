@@ -41,7 +41,15 @@ Since = Annotated[
     WithJsonSchema(_SINCE_SCHEMA),
     Query(description="A span such as `90m`, `24h` or `7d`, or an RFC 3339 timestamp."),
 ]
+Beginning = Annotated[
+    timedelta | datetime | None,
+    BeforeValidator(_since),
+    WithJsonSchema({"type": "string", "examples": _SINCE_SCHEMA["examples"]}),
+    Query(description="A span such as `90m`, `24h` or `7d`, or an RFC 3339 timestamp."),
+]
 OperationName = Annotated[str, AfterValidator(_known)]
+Action = Annotated[str | None, Query(pattern=r"^[a-z]+(_[a-z]+)+$", max_length=100, examples=["user_created"])]
+Subject = Annotated[str | None, Query(pattern=r"^[a-z_]{1,40}:[A-Za-z0-9_]{1,60}$", examples=["user:7"])]
 IdQuery = Annotated[int | None, Query(ge=1, le=MAX_ID), Digits]
 
 
@@ -130,8 +138,17 @@ async def list_decisions(
 
 @router.get("/audit-log", responses=refusals())
 async def list_audit_log(
-    caller: Observer, tx: Tx, cursor: Cursor = None, limit: Limit = DEFAULT_LIMIT
+    caller: Observer,
+    tx: Tx,
+    actor_id: IdQuery = None,
+    action: Action = None,
+    subject: Subject = None,
+    since: Beginning = None,
+    cursor: Cursor = None,
+    limit: Limit = DEFAULT_LIMIT,
 ) -> PageOut[AuditEntryOut]:
-    """What was done in your tenant by those who may do more than others."""
-    page = await audit.listed(tx, caller, cursor=cursor, limit=limit)
+    """What was done in your tenant by those who may do more than others. `subject` names what was concerned, such as
+    `user:7`."""
+    wanted = audit.Wanted(actor_id, action, subject, since)
+    page = await audit.listed(tx, caller, wanted, cursor=cursor, limit=limit)
     return page_out(page, AuditEntryOut.model_validate)
