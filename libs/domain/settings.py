@@ -131,6 +131,12 @@ class Settings(DatabaseSettings):
     """How many messages a participant may send in a minute, over HTTP and sockets together."""
     text_session_response_window_seconds: Positive = 300
     """How long a text session waits for the doctor's first answer, in seconds."""
+    text_inactivity_seconds: Positive = 900
+    """How long a text session stays active while neither party does anything, in seconds."""
+    call_ring_timeout_seconds: Positive = 90
+    """How long a call rings before it is missed, in seconds."""
+    call_inactivity_seconds: Positive = 120
+    """How long a call stays active while neither party says that it is connected, in seconds."""
     decision_sample_rate: Share = 0.01
     """Share of simply allowed calls that the decision log keeps; what was refused or warned of is all kept."""
     conversion_batch_limit: Positive = 1000

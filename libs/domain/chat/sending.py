@@ -68,6 +68,7 @@ class Chat:
         metrics: Metrics,
         *,
         response_window: timedelta,
+        inactivity: timedelta,
         messages_per_minute: int,
     ) -> None:
         self._database = database
@@ -76,6 +77,7 @@ class Chat:
         self._settlement = settlement
         self._bodies = bodies
         self._response_window = response_window
+        self._inactivity = inactivity
         self._pace = timedelta(minutes=1) / messages_per_minute
         self._received = metrics.counter("chat_messages_total", "received")
         self._retries = metrics.counter("chat_message_retries_total")
@@ -141,6 +143,7 @@ class Chat:
             session.kind.value,
             [status.value for status in claim.operation.passes],
             self._response_window,
+            self._inactivity,
         )
         try:
             stored = await connection.fetchrow(STORE, *arguments[:-1]) if new.reply_to is None else None
