@@ -128,7 +128,7 @@ async def bystanders(clinic: Clinic) -> dict[str, Principal]:
 
 
 async def parties(clinic: Clinic, call: Call) -> dict[str, Principal]:
-    """The patient and the doctor of the thing, or of the first appointment; whoever asks in a good request is of them."""
+    """The patient and the doctor of the thing; of nothing in particular, whoever asks for it and some other party."""
     appointment_id = named(call).get("appointment_id")
     kind, _, session_id = named(call).get("context", "").rpartition(":")
     if not kind:
