@@ -54,6 +54,7 @@ class Activity:
         self._database = database
         self._inactivity = inactivity
         self._noted: set[int] = set()
+        self._writing = asyncio.Lock()
         self._stopped = asyncio.Event()
 
     def saw(self, claim: Claim[Operation], facts: Facts, flags: Flags, verdict: Verdict) -> None:
@@ -92,14 +93,16 @@ class Activity:
                 _log.warning("activity_not_written", exception_type=type(error).__name__, waiting=len(self._noted))
 
     async def flush(self) -> None:
-        """Writes what is noted; what somebody holds, and what could not be written, stays for the next time."""
-        noted = list(self._noted)
-        for batch in (noted[begin : begin + BATCH] for begin in range(0, len(noted), BATCH)):
-            self._noted.difference_update(batch)
-            try:
-                async with self._database.autocommit() as connection:
-                    held = await connection.fetch(_KEEP_ALIVE, batch, self._inactivity)
-            except BaseException:
-                self._noted.update(batch)
-                raise
-            self._noted.update(row["id"] for row in held)
+        """Writes all that is noted by now; what somebody holds, and what could not be written, stays for the next
+        time."""
+        async with self._writing:
+            noted = list(self._noted)
+            for batch in (noted[begin : begin + BATCH] for begin in range(0, len(noted), BATCH)):
+                self._noted.difference_update(batch)
+                try:
+                    async with self._database.autocommit() as connection:
+                        held = await connection.fetch(_KEEP_ALIVE, batch, self._inactivity)
+                except BaseException:
+                    self._noted.update(batch)
+                    raise
+                self._noted.update(row["id"] for row in held)
