@@ -36,7 +36,13 @@ async def test_a_patient_starts_a_session_and_both_parties_are_told(
     session = await started(api, patient, doctor, modality, reason="a cough")
     assert session["context"] == f"{kind}_session:{session['id']}"
     assert moment(session["created_at"])
-    known: dict[str, Any] = {"kind": kind, "modality": modality, "status": status, "source": "DIRECT", "appointment_id": None}
+    known: dict[str, Any] = {
+        "kind": kind,
+        "modality": modality,
+        "status": status,
+        "source": "DIRECT",
+        "appointment_id": None,
+    }
     known |= {"patient_id": patient.user_id, "doctor_id": doctor.user_id, "units_charged": 0}
     assert session.items() >= known.items()
     for caller in (patient, doctor, clinic.operator):
