@@ -35,7 +35,7 @@ _PARTIES: Final = {Role.PATIENT, Role.DOCTOR}
 _KEEP_ALIVE: Final = f"""
     WITH live AS MATERIALIZED (
         SELECT id FROM sessions s
-        WHERE id = ANY ($1::bigint[]) AND status = 'active' AND kind = 'text'
+        WHERE id = ANY ($1::bigint[]) AND status = 'active'
           AND (s.idle_at IS NULL OR {FORSAKEN_AT} > clock())
     ),
     free AS MATERIALIZED (
