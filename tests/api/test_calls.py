@@ -8,6 +8,7 @@ import pytest
 
 from libs.domain.jobs import ConvertDue
 from libs.guardrails import Principal
+from services.api.realtime import rooms
 from tests.api.expect import found, moment, problem
 from tests.clinic import MINUTE, Clinic, LiveSession
 from tests.clock import Clock
@@ -329,7 +330,11 @@ async def test_what_concerns_calls_is_unknown_to_text_sessions_and_over_with_the
 # Being told
 
 
-async def test_the_other_party_sees_each_step_at_once(api: Api, clinic: Clinic) -> None:
+async def test_the_other_party_sees_each_step_at_once(
+    make_api: MakeApi, clinic: Clinic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "POLL_SECONDS", 60.0)  # or each would be seen then, told or not
+    api = await make_api()
     call = await clinic.session("video")
     async with following(api, call.doctor, call.context) as socket:
         told = []

@@ -226,7 +226,9 @@ async def test_both_parties_are_warned_once_one_minute_before_the_allowance_is_s
     assert await clinic.fetch(warned) == []
     async with following(api, live.patient, live.context) as one, following(api, live.doctor, live.context) as other:
         await clock.advance(MINUTE)
+        clinic.bell.conversations.clear()
         await clinic.settle()
+        assert clinic.bell.conversations == [await clinic.fetchval("SELECT id FROM conversations")]
         for socket in (one, other):
             session = (await socket.next("session"))["session"]
             assert session["status"] == "active"
