@@ -74,7 +74,15 @@ class Calls:
                 raise _no_way("active: the other party has not rung.")
             tx.changed(facts.conversation_id)
             tx.ring(ConvertDue())
-            tx.after_commit(lambda: _tell(facts, SessionStatus.ACTIVE, user_id))
+            tx.after_commit(
+                lambda: _log.info(
+                    "session_state_changed",
+                    session_id=facts.id,
+                    appointment_id=facts.appointment_id,
+                    status=SessionStatus.ACTIVE,
+                    user_id=user_id,
+                )
+            )
         return await get(tx, facts.id)
 
     async def connect(self, tx: Transaction, context: SessionContext[Connect]) -> Session:
@@ -113,13 +121,3 @@ async def _changes(tx: Transaction, statement: Any, **parameters: Any) -> bool:
 
 def _no_way(wanted: str) -> Refused:
     return Refused(Reason.INVALID_TRANSITION, f"The call is {SessionStatus.CONNECTING} and cannot become {wanted}")
-
-
-def _tell(facts: SessionFacts, status: SessionStatus, user_id: int) -> None:
-    _log.info(
-        "session_state_changed",
-        session_id=facts.id,
-        appointment_id=facts.appointment_id,
-        status=status,
-        user_id=user_id,
-    )
