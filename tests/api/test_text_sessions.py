@@ -233,7 +233,7 @@ async def test_both_parties_are_warned_once_one_minute_before_the_allowance_is_s
             session = (await socket.next("session"))["session"]
             assert session["status"] == "active"
             assert 30 <= session["remaining_seconds"] <= 60
-        await clinic.settle()
+        found(await api.as_(live.doctor).post(f"/sessions/{live.context}/deductions"))
         await clinic.dispatch()
         told = [row["user_id"] for row in await clinic.fetch(warned)]
         assert sorted(told) == sorted([live.patient.user_id, live.doctor.user_id])
