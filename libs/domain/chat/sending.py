@@ -142,15 +142,14 @@ class Chat:
             *self._arguments(claim, session.id, conversation_id, new),
             session.kind.value,
             [status.value for status in claim.operation.passes],
-            self._response_window,
-            self._inactivity,
         )
+        windows = (self._response_window, self._inactivity)
         try:
-            stored = await connection.fetchrow(STORE, *arguments[:-1]) if new.reply_to is None else None
-            return stored or await connection.fetchrow(SEND_BY_SESSION, *arguments)
+            stored = await connection.fetchrow(STORE, *arguments) if new.reply_to is None else None
+            return stored or await connection.fetchrow(SEND_BY_SESSION, *arguments, *windows)
         except asyncpg.UniqueViolationError:
             # The same id was stored while this statement waited for the lock; now it is visible.
-            return await connection.fetchrow(SEND_BY_SESSION, *arguments)
+            return await connection.fetchrow(SEND_BY_SESSION, *arguments, *windows)
 
     def _arguments(
         self, claim: Claim[Sending], subject_id: int, conversation_id: int | None, new: NewMessage
