@@ -26,6 +26,14 @@ ACTIVATE = """
 """
 """What the doctor's first message does to text sessions."""
 
+RING = "UPDATE sessions SET rung_by = $1, response_deadline = clock() + interval '90 seconds' WHERE id = $2"
+
+ANSWER = """
+    UPDATE sessions SET status = 'active', activated_at = clock(), tick_at = clock(),
+        idle_at = clock() + interval '2 minutes'
+"""
+"""What answering does to a call that rings."""
+
 
 class RecordingBell:
     """Keeps what was rung for."""

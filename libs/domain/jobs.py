@@ -24,7 +24,7 @@ JOBS: dict[str, type[Job]] = {}
 
 @dataclass(frozen=True)
 class ConvertDue(Job, name="convert_due"):
-    """Something became due just now: an appointment, or a deadline that blocks one."""
+    """Something became due just now: an appointment, or something about a session, which may keep one waiting."""
 
 
 @dataclass(frozen=True)

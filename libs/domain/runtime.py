@@ -16,6 +16,8 @@ from libs.domain.db import Database
 from libs.domain.decisions.recorder import Recorder
 from libs.domain.flags.live import LiveFlags
 from libs.domain.sealing import FieldKeys
+from libs.domain.sessions.activity import Activity
+from libs.domain.sessions.calls import Calls
 from libs.domain.sessions.door import Door
 from libs.domain.sessions.settlement import Settlement
 from libs.domain.settings import FlagSettings, Settings
@@ -42,12 +44,14 @@ class Runtime:
     database: Database
     bell: Bell
     recorder: Recorder
+    activity: Activity
     flags: LiveFlags
     guard: Guard
     settlement: Settlement
     door: Door
     field_keys: FieldKeys
     bodies: Bodies
+    calls: Calls
     chat: Chat
 
     def begin(self) -> AbstractAsyncContextManager[Transaction]:
@@ -59,7 +63,9 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
     """Puts the parts together; opens nothing."""
     live = LiveFlags(flags, database=database, metrics=metrics)
     recorder = Recorder(database, metrics, sample_rate=settings.decision_sample_rate)
-    guard = Guard(live, GuardTelemetry(metrics, recorder))
+    text_inactivity = timedelta(seconds=settings.text_inactivity_seconds)
+    activity = Activity(database, inactivity=text_inactivity)
+    guard = Guard(live, GuardTelemetry(metrics, recorder, activity))
     settlement = Settlement(metrics)
     field_keys = FieldKeys.parse(settings.field_keys.get_secret_value())
     bodies = Bodies(field_keys)
@@ -71,10 +77,29 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
         bodies,
         metrics,
         response_window=timedelta(seconds=settings.text_session_response_window_seconds),
+        inactivity=text_inactivity,
         messages_per_minute=settings.chat_messages_per_minute,
     )
-    door = Door(guard, settlement)
-    return Runtime(settings, metrics, database, bell, recorder, live, guard, settlement, door, field_keys, bodies, chat)
+    return Runtime(
+        settings=settings,
+        metrics=metrics,
+        database=database,
+        bell=bell,
+        recorder=recorder,
+        activity=activity,
+        flags=live,
+        guard=guard,
+        settlement=settlement,
+        door=Door(guard, settlement),
+        field_keys=field_keys,
+        bodies=bodies,
+        calls=Calls(
+            settlement,
+            ring_timeout=timedelta(seconds=settings.call_ring_timeout_seconds),
+            inactivity=timedelta(seconds=settings.call_inactivity_seconds),
+        ),
+        chat=chat,
+    )
 
 
 @asynccontextmanager

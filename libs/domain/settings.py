@@ -139,6 +139,12 @@ class Settings(DatabaseSettings):
     """How many messages a participant may send in a minute, over HTTP and sockets together."""
     text_session_response_window_seconds: Positive = 300
     """How long a text session waits for the doctor's first answer, in seconds."""
+    text_inactivity_seconds: Positive = 900
+    """How long a text session stays active while neither party does anything, in seconds."""
+    call_ring_timeout_seconds: Positive = 90
+    """How long a call rings before it is missed, in seconds."""
+    call_inactivity_seconds: Positive = 120
+    """How long a call stays active while neither party says that it is connected, in seconds."""
     webhook_ports: Annotated[str, AfterValidator(_ports)] = "443"
     """The ports to which webhooks may be sent, separated by commas."""
     webhook_allow_networks: Annotated[str, AfterValidator(_networks)] = ""

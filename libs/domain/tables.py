@@ -235,6 +235,9 @@ sessions = Table(
     _time("created_at", default_now=True),
     _time("response_deadline"),
     _time("expires_at", required=True),
+    # What the patient said when starting it directly; an appointment has a reason of its own.
+    Column("reason", Text),
+    # Whose ring a call waits for the answer to.
     Column("rung_by", BigInteger),
     # When it became active: the doctor's first message, or an answered call.
     _time("activated_at"),

@@ -48,11 +48,11 @@ _ALLOWED: Final = {
 
 class GuardTelemetry:
     """The guard's witness: counts each verdict, logs those that someone may want to find, and passes all of
-    them on to the recorder."""
+    them on to other witnesses."""
 
-    def __init__(self, metrics: Metrics, recorder: Witness) -> None:
+    def __init__(self, metrics: Metrics, *others: Witness) -> None:
         self._metrics = metrics
-        self._recorder = recorder
+        self._others = others
 
     def saw(self, claim: Claim[Operation], facts: Facts, flags: Flags, verdict: Verdict) -> None:
         operation = claim.operation
@@ -69,7 +69,8 @@ class GuardTelemetry:
             metrics.counter("billing_blocked_session_context_required_total", operation.name).inc()
         if verdict.refusal or verdict.shadow:
             self._tell(claim, facts, flags, verdict)
-        self._recorder.saw(claim, facts, flags, verdict)
+        for other in self._others:
+            other.saw(claim, facts, flags, verdict)
 
     def _tell(self, claim: Claim[Operation], facts: Facts, flags: Flags, verdict: Verdict) -> None:
         operation = claim.operation

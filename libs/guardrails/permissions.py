@@ -19,6 +19,7 @@ class Permission(StrEnum):
     SEE_NOTIFICATIONS = "see_notifications"
     SEE_APPOINTMENTS = "see_appointments"
     SEE_SESSIONS = "see_sessions"
+    START_SESSIONS = "start_sessions"
     OPEN_SOCKETS = "open_sockets"
     BOOK_APPOINTMENTS = "book_appointments"
     CONFIRM_APPOINTMENTS = "confirm_appointments"
@@ -44,6 +45,7 @@ ROLES: dict[Permission, frozenset[Role]] = {
     Permission.SEE_NOTIFICATIONS: _EVERYBODY,
     Permission.SEE_APPOINTMENTS: _EVERYBODY,
     Permission.SEE_SESSIONS: _EVERYBODY,
+    Permission.START_SESSIONS: frozenset({Role.PATIENT}),
     Permission.OPEN_SOCKETS: frozenset({Role.PATIENT, Role.DOCTOR}),
     Permission.BOOK_APPOINTMENTS: frozenset({Role.PATIENT, Role.OPERATOR}),
     Permission.CONFIRM_APPOINTMENTS: frozenset({Role.DOCTOR, Role.OPERATOR}),

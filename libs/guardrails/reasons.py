@@ -144,8 +144,9 @@ class Reason(Enum):
     SESSION_CONFLICT = (
         "SESSION_CONFLICT",
         Kind.CONFLICT,
-        "A party is in another live session",
-        "The patient or the doctor already takes part in a live session. End that one first.",
+        "A party is not free",
+        "The patient or the doctor takes part in another live session, which has to end first, or the doctor has an "
+        "appointment within ten minutes.",
     )
     NO_SESSIONS_REMAINING = (
         "NO_SESSIONS_REMAINING",
@@ -169,7 +170,8 @@ class Reason(Enum):
         "INVALID_TRANSITION",
         Kind.CONFLICT,
         "Not possible in this state",
-        "The appointment's present status does not allow this change. The detail names both states.",
+        "The present status of the appointment, or of the session, does not allow this change. "
+        "The detail names both states.",
     )
     IDEMPOTENCY_CONFLICT = (
         "IDEMPOTENCY_CONFLICT",

@@ -276,6 +276,7 @@ def upgrade() -> None:
         postgresql_where=sa.text("subscription_id IS NOT NULL"),
     )
     op.create_index(op.f("ledger_entries_transaction_id_idx"), "ledger_entries", ["transaction_id"], unique=False)
+    op.add_column("sessions", sa.Column("reason", sa.Text(), nullable=True))
     op.add_column("sessions", sa.Column("rung_by", sa.BigInteger(), nullable=True))
     op.add_column("sessions", sa.Column("allowance_units", sa.Integer(), nullable=True))
     op.add_column("sessions", sa.Column("idle_at", sa.DateTime(timezone=True), nullable=True))

@@ -147,6 +147,7 @@ async def open_app(settings: ApiSettings, flags: FlagSettings) -> AsyncIterator[
                 watch_loop(metrics),
                 runtime.flags.following(),
                 runtime.recorder.writing(),
+                runtime.activity.writing(),
                 open_rooms(runtime, doorbell) as rooms,
             ):
                 yield create_app(runtime, settings, identity=identity, doorbell=doorbell, access=access, rooms=rooms)

@@ -13,7 +13,7 @@ from libs.domain.tables import metadata
 from libs.guardrails import Principal
 from services.api.public import PUBLIC
 from tests.api.expect import DAY, ahead, problem
-from tests.clinic import ACTIVATE, MINUTE, Clinic
+from tests.clinic import ACTIVATE, ANSWER, MINUTE, RING, Clinic
 from tests.running import Api, token_of
 
 Owner: TypeAlias = "asyncpg.Connection[Any]"
@@ -94,6 +94,10 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
     await clinic.fetch(f"{ACTIVATE} WHERE id = $1", running.ref.id)
     await clinic.begin(billed, ago=11 * MINUTE)
     await clinic.settle()
+    ringing, answering, connecting, declining = [await clinic.session("voice") for _ in range(4)]
+    for call in (answering, connecting):
+        await clinic.fetch(RING, call.doctor.user_id, call.ref.id)
+    await clinic.fetch(f"{ANSWER} WHERE id = $1", connecting.ref.id)
     subscription = {
         "patient_id": patient.user_id,
         "plan": "basic",
@@ -141,6 +145,15 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
         "poll_session": (patient, await appointment("CONFIRMED"), {}),
         "list_sessions": (patient, {}, {}),
         "get_session": (shown.patient, {"context": shown.context}, {}),
+        "start_session": (
+            await clinic.patient(),
+            {},
+            {"doctor_id": (await clinic.doctor()).user_id, "modality": "voice", "reason": "a cough"},
+        ),
+        "ring_call": (ringing.patient, {"context": ringing.context}, {}),
+        "answer_call": (answering.patient, {"context": answering.context}, {}),
+        "connect_call": (connecting.patient, {"context": connecting.context}, {}),
+        "decline_call": (declining.patient, {"context": declining.context}, {}),
         "end_session": (ending.patient, {"context": ending.context}, {"reason": "all is said"}),
         "deduct_interval": (running.patient, {"context": running.context}, {}),
         "get_session_billing": (billed.patient, {"context": billed.context}, {}),

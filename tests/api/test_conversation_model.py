@@ -35,6 +35,8 @@ NUMBERS = st.integers(0, 99)
 ENDS = st.sampled_from(["after", "before", None])
 MINUTES = st.sampled_from([1, 2, 5, 30])
 NOBODYS = 2**63 - 1
+FOR_EVER = 365 * 24 * 3600
+"""In seconds: what ends a session that runs is told by another model."""
 
 
 @dataclass
@@ -224,8 +226,13 @@ class Talk(RuleBasedStateMachine):
 
 @pytest.fixture
 async def world(make_api: MakeApi, clinic: Clinic, clock: Clock) -> World:
-    api = await make_api(ALLOW_LEGACY_APPOINTMENT_CHAT=True, chat_messages_per_minute=100_000, log_level="ERROR")
-    return World(api, clinic, clock, await clinic.patient(), asyncio.get_running_loop())
+    api = await make_api(
+        ALLOW_LEGACY_APPOINTMENT_CHAT=True,
+        chat_messages_per_minute=100_000,
+        text_inactivity_seconds=FOR_EVER,
+        log_level="ERROR",
+    )
+    return World(api, clinic, clock, await clinic.patient(units=100_000), asyncio.get_running_loop())
 
 
 @pytest.mark.timeout(1800)

@@ -22,7 +22,7 @@ from tests.conftest import MakeApi
 from tests.running import SECRET, Api, token_of
 from tests.sockets import following, opened
 
-# `own` is a list of what the caller takes part in, and of nothing else.
+# `own` is a list of what the caller takes part in, and of nothing else. The call to be answered is one by the doctor.
 EXPECTED: Final = """
                       takes part                another                  of another tenant
                       patient  doctor operator  patient  doctor service  patient  doctor operator service
@@ -43,6 +43,11 @@ poll_session              200     200      200      404     404     403      404
 
 list_sessions             own     own      own      own     own     403      own     own      own     403
 get_session               200     200      200      404     404     404      404     404      404     404
+start_session             201     403      403      201     403     403      422     403      403     403
+ring_call                 200     200      403      404     404     404      404     404      404     404
+answer_call               200     409      403      404     404     404      404     404      404     404
+connect_call              200     200      403      404     404     404      404     404      404     404
+decline_call              200     200      403      404     404     404      404     404      404     404
 end_session               200     200      200      404     404     404      404     404      404     404
 
 deduct_interval           200     200      200      404     404     404      404     404      404     404
@@ -135,7 +140,7 @@ async def bystanders(clinic: Clinic) -> dict[str, Principal]:
 
 
 async def parties(clinic: Clinic, call: Call) -> dict[str, Principal]:
-    """The patient and the doctor of the thing; of nothing in particular, some pair that has something."""
+    """The patient and the doctor of the thing; of nothing in particular, whoever asks for it and some other party."""
     appointment_id = named(call).get("appointment_id")
     kind, _, session_id = named(call).get("context", "").rpartition(":")
     if not kind:
@@ -149,7 +154,9 @@ async def parties(clinic: Clinic, call: Call) -> dict[str, Principal]:
         int(session_id) if session_id else None,
     )
     return {
-        role.value: Principal(call.body.get(f"{role}_id", ids[f"{role}_id"]), clinic.tenant_id, role)
+        role.value: call.caller
+        if call.caller.role is role
+        else Principal(call.body.get(f"{role}_id", ids[f"{role}_id"]), clinic.tenant_id, role)
         for role in (Role.PATIENT, Role.DOCTOR)
     }
 

@@ -49,7 +49,7 @@ def test_a_service_may_do_nothing() -> None:
 GRANTED = {
     Role.PATIENT: {
         *("see_oneself", "see_doctors", "see_notifications", "see_appointments", "see_sessions"),
-        *("book_appointments", "cancel_appointments", "answer_proposals", "report_presence"),
+        *("book_appointments", "cancel_appointments", "answer_proposals", "report_presence", "start_sessions"),
         "open_sockets",
     },
     Role.DOCTOR: {

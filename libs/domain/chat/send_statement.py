@@ -85,6 +85,7 @@ SEND_BY_SESSION: Final = _SEND.format(
             allowance_units = CASE WHEN $3 = t.doctor_id THEN allowance.units END,
             expires_at = CASE WHEN $3 = t.doctor_id THEN clock() + allowance.units * {UNIT_SQL} ELSE s.expires_at END,
             tick_at = CASE WHEN $3 = t.doctor_id THEN clock() END,
+            idle_at = CASE WHEN $3 = t.doctor_id THEN clock() + $17::interval END,
             response_deadline = CASE WHEN $3 = t.doctor_id THEN s.response_deadline ELSE clock() + $16::interval END
         FROM target t CROSS JOIN numbered CROSS JOIN LATERAL (
             SELECT {allowance("t.patient_id", "'text'")} AS units
@@ -94,7 +95,8 @@ SEND_BY_SESSION: Final = _SEND.format(
         RETURNING s.status
     """,
 )
-"""The parameters above, then $14 kind of session, $15 states that pass, $16 response window."""
+"""The parameters above, then $14 kind of session, $15 states that pass, $16 response window, $17 how long
+both parties may be idle once it is active."""
 
 CONVERSATION_OF_SESSION: Final = "SELECT id FROM conversations WHERE session_id = $1 AND tenant_id = $2"
 

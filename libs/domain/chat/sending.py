@@ -68,6 +68,7 @@ class Chat:
         metrics: Metrics,
         *,
         response_window: timedelta,
+        inactivity: timedelta,
         messages_per_minute: int,
     ) -> None:
         self._database = database
@@ -76,6 +77,7 @@ class Chat:
         self._settlement = settlement
         self._bodies = bodies
         self._response_window = response_window
+        self._inactivity = inactivity
         self._pace = timedelta(minutes=1) / messages_per_minute
         self._received = metrics.counter("chat_messages_total", "received")
         self._retries = metrics.counter("chat_message_retries_total")
@@ -140,14 +142,14 @@ class Chat:
             *self._arguments(claim, session.id, conversation_id, new),
             session.kind.value,
             [status.value for status in claim.operation.passes],
-            self._response_window,
         )
+        windows = (self._response_window, self._inactivity)
         try:
-            stored = await connection.fetchrow(STORE, *arguments[:-1]) if new.reply_to is None else None
-            return stored or await connection.fetchrow(SEND_BY_SESSION, *arguments)
+            stored = await connection.fetchrow(STORE, *arguments) if new.reply_to is None else None
+            return stored or await connection.fetchrow(SEND_BY_SESSION, *arguments, *windows)
         except asyncpg.UniqueViolationError:
             # The same id was stored while this statement waited for the lock; now it is visible.
-            return await connection.fetchrow(SEND_BY_SESSION, *arguments)
+            return await connection.fetchrow(SEND_BY_SESSION, *arguments, *windows)
 
     def _arguments(
         self, claim: Claim[Sending], subject_id: int, conversation_id: int | None, new: NewMessage

@@ -19,8 +19,12 @@ from libs.guardrails import (
 UNANSWERED: Final = "(s.status IN ('waiting', 'connecting') AND least(s.response_deadline, s.expires_at) <= clock())"
 """Whether nobody took up session `s` in time. At exactly the deadline it is too late."""
 
-OVERDUE: Final = f"({UNANSWERED} OR s.status = 'active' AND s.expires_at <= clock())"
-"""Whether session `s` is over, though that may not be stored yet: not taken up, or its allowance spent."""
+# What somebody did in the last moment may not be written down yet.
+FORSAKEN_AT: Final = "s.idle_at + interval '2 seconds'"
+"""When active session `s` is over because nobody has done anything."""
+
+OVERDUE: Final = f"({UNANSWERED} OR s.status = 'active' AND least(s.expires_at, {FORSAKEN_AT}) <= clock())"
+"""Whether session `s` is over, though that may not be stored yet: not taken up, its allowance spent, or forgotten."""
 
 SESSION_COLUMNS: Final = f"""
     s.id AS session_id, s.kind, s.status AS session_status, s.patient_id, s.doctor_id, s.appointment_id,

@@ -17,7 +17,7 @@ from libs.domain.billing.posting import CHARGE_SESSIONS, UNIT_SQL, elapsed_units
 from libs.domain.conversion.unblocking import unblock
 from libs.domain.jobs import DispatchOutbox
 from libs.domain.outbox.events import LANES, EventName, deliver
-from libs.domain.sessions.facts import UNANSWERED
+from libs.domain.sessions.facts import FORSAKEN_AT, OVERDUE, UNANSWERED
 from libs.domain.tables import BEGUN_AT, LIVE
 from libs.domain.telemetry import logger
 from libs.domain.transaction import Transaction
@@ -32,8 +32,6 @@ _billing_log: Final = logger("billing")
 SETTLED_AT_ONCE: Final = 500
 """At most so many sessions are settled by one statement."""
 
-# What somebody did in the last moment may not be written down yet.
-_IDLE_SLACK: Final = "interval '2 seconds'"
 _WARNING: Final = "interval '1 minute'"
 
 # A conversion may hold an appointment whose session is over: that one can wait for the next beat.
@@ -70,9 +68,7 @@ SETTLE: Final = text(
     f"""
     WITH judged AS MATERIALIZED (
         SELECT s.*, {BEGUN_AT} AS begun_at, s.units_charged AS charged, s.status <> 'active' AS unanswered,
-            CASE WHEN s.status = 'active' THEN least(s.expires_at, s.idle_at + {_IDLE_SLACK})
-                ELSE least(s.response_deadline, s.expires_at) END <= clock() AS over,
-            CAST(:verb AS text) AS verb
+            {OVERDUE} AS over, CAST(:verb AS text) AS verb
         FROM sessions s WHERE s.id = ANY (:ids) AND {LIVE}
     ),
     billed AS (
@@ -120,7 +116,7 @@ SETTLE: Final = text(
             end_reason = o.because,
             warned_at = CASE WHEN o.warns THEN clock() ELSE s.warned_at END,
             tick_at = CASE WHEN o.next = 'active' THEN least(
-                s.expires_at, s.idle_at + {_IDLE_SLACK}, o.begun_at + (o.units + 1) * {UNIT_SQL},
+                s.expires_at, {FORSAKEN_AT}, o.begun_at + (o.units + 1) * {UNIT_SQL},
                 CASE WHEN o.begun_at IS NOT NULL AND NOT o.warns AND s.warned_at IS NULL
                     THEN s.expires_at - {_WARNING} END
             ) END

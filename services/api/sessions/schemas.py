@@ -1,10 +1,16 @@
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from libs.guardrails import SessionKind, SessionStatus
-from services.api.schemas import In, Out, SafeStr
+from services.api.schemas import Id, In, Out, SafeStr
+
+
+class StartSession(In):
+    doctor_id: Id
+    modality: Literal["text", "voice", "video"]
+    reason: Annotated[SafeStr, Field(max_length=500)] | None = None
 
 
 class EndSession(In):
@@ -12,8 +18,8 @@ class EndSession(In):
 
 
 class SessionOut(Out):
-    """`response_deadline` is when a waiting text session expires unless the doctor answers;
-    `remaining_seconds` is null while no allowance runs."""
+    """`response_deadline` is when a waiting text session expires unless the doctor answers, and a call that rings is
+    missed; `remaining_seconds` is null while no allowance runs."""
 
     id: int
     context: str
