@@ -83,7 +83,7 @@ class Life(RuleBasedStateMachine):
         doctor, patient = run(clinic.doctor()), run(clinic.patient(units=units))
         self.people: dict[str, Principal] = {"patient": patient, "doctor": doctor, "operator": clinic.operator}
         self.asked = 0
-        wanted = {
+        wanted: dict[str, Any] = {
             "doctor_id": doctor.user_id,
             "modality": modality,
             "starts_at": run(ahead(clinic, timedelta(seconds=60))),
@@ -254,7 +254,7 @@ class Life(RuleBasedStateMachine):
     def is_as_the_model_says(self) -> None:
         if not hasattr(self, "model"):
             return
-        row = self.world.run(self.world.owner.fetchrow(_STATE, self.appointment_id))
+        row = self.world.run(self.world.clinic.fetchrow(_STATE, self.appointment_id))
         model = self.model
         expected = (model.appointment, model.session, len(model.charges), model.left, model.paid, len(model.legacy))
         assert tuple(row) == expected

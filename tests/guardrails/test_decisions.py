@@ -1,6 +1,5 @@
 """The whole matrix of decisions, compared with the promises."""
 
-from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -11,10 +10,8 @@ from libs.guardrails import (
     AppointmentRef,
     Claim,
     Facts,
-    Family,
     Flag,
     Flags,
-    Operation,
     Reason,
     SessionFacts,
     SessionKind,
@@ -78,7 +75,7 @@ def test_what_the_client_does_next_can_be_written_from_the_facts_of_the_refusal(
 def test_refusals_come_in_the_promised_order() -> None:
     """Everything is wrong at first; mending the first fault uncovers the next one."""
     on, off = Flags(enforce_session_gated_chat=True), Flags()
-    ended, live, booked = ("ended", False), ("active", False), ("CONFIRMED", False)
+    ended, live, booked = ("ended", False, False), ("active", False, False), ("CONFIRMED", False)
     view, send, appointment = "view_session", "send_message", "appointment"
     steps = [
         (Case(view, appointment, "another patient", False, None, None, on), "UNAUTHENTICATED"),
@@ -105,11 +102,9 @@ def test_a_client_that_must_use_the_session_is_told_which() -> None:
 
 @pytest.mark.parametrize("flags", ALL_FLAGS)
 def test_billing_by_appointment_hangs_on_the_flag_of_billing(flags: Flags) -> None:
-    class Bill(Operation, name="bill", family=Family.BILLING, by_appointment=True): ...
-
-    del OPERATIONS["bill"]
-    case = Case("send_message", "appointment", "the patient", True, ("active", False), ("IN_PROGRESS", False), flags)
-    verdict = decide(replace(case.claim(), operation=Bill), case.facts(), flags)
+    active, booked = ("active", False, True), ("IN_PROGRESS", False)
+    case = Case("end_session", "appointment", "the patient", True, active, booked, flags)
+    verdict = decide(case.claim(), case.facts(), flags)
     assert verdict.flag is Flag.ENFORCE_SESSION_GATED_BILLING
     enforced = flags.enforce_session_gated_billing
     assert (verdict.refusal if enforced else verdict.shadow) is Reason.SESSION_BILLING_REQUIRED
