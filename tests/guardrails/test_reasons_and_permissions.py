@@ -50,17 +50,17 @@ GRANTED = {
     Role.PATIENT: {
         *("see_oneself", "see_doctors", "see_notifications", "see_appointments", "see_sessions"),
         *("book_appointments", "cancel_appointments", "answer_proposals", "report_presence", "start_sessions"),
-        "open_sockets",
+        *("open_sockets", "see_balance"),
     },
     Role.DOCTOR: {
         *("see_oneself", "see_doctors", "see_notifications", "see_appointments", "see_sessions"),
         *("confirm_appointments", "cancel_appointments", "propose_new_times", "report_presence"),
-        "open_sockets",
+        *("open_sockets", "see_balance"),
     },
     Role.OPERATOR: {
         *("see_oneself", "see_doctors", "see_notifications", "see_appointments", "see_sessions"),
         *("book_appointments", "confirm_appointments", "cancel_appointments", "propose_new_times"),
-        *("administer_people", "administer_flags", "see_operations"),
+        *("administer_people", "administer_flags", "see_operations", "refund_charges"),
         *("administer_webhooks", "replay_deliveries"),
     },
     Role.SERVICE: set(),
