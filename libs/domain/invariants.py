@@ -115,9 +115,9 @@ INVARIANTS: Final = (
         SELECT DISTINCT appointment_id AS id FROM (
             SELECT appointment_id, lower(during) < max(upper(during)) OVER (
                 PARTITION BY doctor_id ORDER BY lower(during), id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
-            ) AS overlaps
+            ) AS again
             FROM busy_intervals WHERE active AND NOT isempty(during)
-        ) AS booked WHERE overlaps
+        ) AS booked WHERE again
         """,
     ),
     Invariant(
