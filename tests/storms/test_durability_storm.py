@@ -242,7 +242,7 @@ def servers() -> Iterator[Servers]:
         yield prepared
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 async def test_what_was_acknowledged_is_there(request: pytest.FixtureRequest, servers: Servers, tmp_path: Path) -> None:
     scale = LONG if request.config.getoption("--storm") == "full" else SHORT
     storm = Storm(servers, tmp_path, scale)
