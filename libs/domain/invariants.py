@@ -325,6 +325,11 @@ async def audit(
     return Audit(checked_at, findings)
 
 
+async def violations(connection: "asyncpg.Connection[Any]") -> dict[str, list[str]]:
+    """The first examples of what violates an invariant, by its name, where anything does."""
+    return {finding.invariant.name: finding.examples for finding in (await audit(connection)).violated}
+
+
 async def _check(connection: "asyncpg.Connection[Any]", invariant: Invariant) -> Finding:
     row = await connection.fetchrow(
         f"""

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from libs.domain.db import Database
-from libs.domain.invariants import audit
+from libs.domain.invariants import violations
 from libs.guardrails import Principal, Role
 from services.cli import processes
 from services.cli.embedded import LOGIN, OWNER, Servers
@@ -125,7 +125,7 @@ class Storm:
             await self._crash()
             async with connected(self.servers) as owner:
                 lost = {kind: await self._lost(owner, kind) for kind in DONE}
-                assert (await audit(owner)).violated == []
+                assert await violations(owner) == {}
         return {kind: rows for kind, rows in lost.items() if rows}
 
     async def _populate(self) -> list[list[Request]]:
