@@ -114,12 +114,13 @@ class Storm:
             sessions = await self._populate()
             stack.push_async_callback(self._kill_apis)
             for _ in range(APIS):
-                self._start_api()
-            for api in self.apis:
-                await until(api.answers)
+                await self._start_api()
             waiting = iter(sessions)
-            clients = [self._insist(waiting) for _ in range(CLIENTS)]
-            await asyncio.gather(*clients, self._kill_an_api_now_and_then(), self._kill_postgres_now_and_then())
+            async with asyncio.TaskGroup() as group:
+                for _ in range(CLIENTS):
+                    group.create_task(self._insist(waiting))
+                group.create_task(self._kill_an_api_now_and_then())
+                group.create_task(self._kill_postgres_now_and_then())
             # At the very moment at which the last client was told.
             await self._kill_apis()
             await self._crash()
@@ -176,7 +177,7 @@ class Storm:
             victim = random.choice(self.apis)
             await victim.kill()
             self.apis.remove(victim)
-            self._start_api()
+            await self._start_api()
 
     async def _kill_postgres_now_and_then(self) -> None:
         async for number in self._moments(self.scale.database_kills):
@@ -192,9 +193,11 @@ class Storm:
                 await asyncio.sleep(0.01)
             yield passed
 
-    def _start_api(self) -> None:
+    async def _start_api(self) -> None:
         log = self.folder / f"api-{random.getrandbits(64)}.jsonl"
-        self.apis.append(apis.start(self.servers.database_url(LOGIN), self.servers.redis_url, log, self.sabotage))
+        api = apis.start(self.servers.database_url(LOGIN), self.servers.redis_url, log, self.sabotage)
+        self.apis.append(api)
+        await until(api.answers)
 
     async def _kill_apis(self) -> None:
         for api in self.apis:
