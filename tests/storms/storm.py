@@ -150,7 +150,8 @@ _BREAK: Final = """
     UPDATE users SET active = false WHERE id IN (SELECT patient_id FROM broken WHERE what = 'patient');
     UPDATE users SET active = false WHERE id IN (SELECT doctor_id FROM broken WHERE what = 'doctor');
     DELETE FROM subscriptions WHERE patient_id IN (SELECT patient_id FROM broken WHERE what = 'subscription');
-    UPDATE subscriptions SET text_sessions_remaining = 0, voice_calls_remaining = 0, video_calls_remaining = 0
+    UPDATE subscriptions SET text_sessions_remaining = 0, voice_calls_remaining = 0, video_calls_remaining = 0,
+        text_sessions_granted = 0, voice_calls_granted = 0, video_calls_granted = 0
         WHERE patient_id IN (SELECT patient_id FROM broken WHERE what = 'units');
     CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
         IF EXISTS (SELECT FROM broken b WHERE b.appointment_id = NEW.appointment_id AND b.what = 'database') THEN
