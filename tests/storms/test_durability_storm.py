@@ -4,7 +4,7 @@ import asyncio
 import random
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -182,7 +182,7 @@ class Storm:
     async def _kill_postgres_now_and_then(self) -> None:
         async for number in self._moments(self.scale.database_kills):
             if number % 2:
-                self._kill_a_backend()
+                (await until(self._serving_backends))[0].kill()
             else:
                 await self._crash()
 
@@ -215,11 +215,14 @@ class Storm:
         await asyncio.to_thread(psutil.wait_procs, backends)
         await self._start_postgres()
 
-    def _kill_a_backend(self) -> None:
-        """Kills one that serves an API, upon which PostgreSQL lets go of all and recovers."""
-        backends = psutil.Process(self.postgres.pid).children()
-        serving = [backend for backend in backends if LOGIN in "".join(backend.cmdline())]
-        random.choice(serving).kill()
+    async def _serving_backends(self) -> list[psutil.Process]:
+        """Those that serve an API. When one is killed, PostgreSQL ends all of them by itself and recovers."""
+        serving = []
+        for backend in psutil.Process(self.postgres.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                if LOGIN in "".join(backend.cmdline()):
+                    serving.append(backend)
+        return serving
 
     async def _lost(self, owner: "asyncpg.Connection[Any]", kind: str) -> list[tuple[int, str]]:
         table, column = DONE[kind]
