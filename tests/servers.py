@@ -4,8 +4,8 @@ away afterwards."""
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,36 @@ from services.cli.home import Home
 from services.cli.migrate import upgrade
 
 
-@asynccontextmanager
-async def running_servers(*, durable: bool) -> AsyncIterator[Servers]:
-    """Empty servers. Unless they are to be durable nothing is synced to disk, which only a power cut could tell."""
+@contextmanager
+def prepared_servers() -> Iterator[Servers]:
+    """Servers for whoever starts and stops them by himself."""
     folder = Path(tempfile.mkdtemp(prefix="sessiongate-tests-"))
     folder.chmod(0o711)
     home = Home(folder / "home")
     home.create()
     try:
         with home.lock() as lock, embedded.prepare(home, lock) as servers:
-            async with servers.postgres(), servers.redis():
-                if not durable:
-                    async with administration(servers) as connection:
-                        for setting in ("fsync", "full_page_writes"):
-                            await connection.execute(f"ALTER SYSTEM SET {setting} = off")
-                        await connection.execute("SELECT pg_reload_conf()")
-                yield servers
+            yield servers
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@asynccontextmanager
+async def running_servers(*, durable: bool) -> AsyncIterator[Servers]:
+    """Empty servers. Unless they are to be durable nothing is synced to disk, which only a power cut could tell."""
+    with prepared_servers() as servers:
+        async with servers.postgres(), servers.redis():
+            if not durable:
+                await configure(servers, fsync="off", full_page_writes="off")
+            yield servers
+
+
+async def configure(servers: Servers, **settings: str) -> None:
+    """Changes settings of PostgreSQL that need no restart."""
+    async with administration(servers) as connection:
+        for name, value in settings.items():
+            await connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+        await connection.execute("SELECT pg_reload_conf()")
 
 
 async def migrate(servers: Servers) -> None:

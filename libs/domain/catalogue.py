@@ -3,6 +3,7 @@
 from typing import Final
 
 from libs.domain.conversion.causes import FailureReason
+from libs.domain.invariants import INVARIANTS
 from libs.domain.jobs import JOBS
 from libs.domain.outbox.events import EventName
 from libs.guardrails import OPERATIONS, Family, Flag, Reason
@@ -177,6 +178,12 @@ _BACKGROUND: Final = (
         Label("result", ("ok", "error", "retry", "timeout")),
     ),
     counter("doorbell_failures_total", "Wake-up calls that Redis did not take"),
+    gauge(
+        "audit_violations",
+        "Rows that violate an invariant, as of the last audit",
+        Label("invariant", tuple(invariant.name for invariant in INVARIANTS)),
+    ),
+    gauge("audit_last_run_timestamp_seconds", "Unix time of the last finished audit"),
 )
 
 CATALOGUE: Final = (*_HTTP, *_GUARD, *_SCHEDULING, *_CHAT, *_BILLING, *_CONVERSION, *_BACKGROUND)

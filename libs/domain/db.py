@@ -57,16 +57,19 @@ class Database:
         command_timeout: float = 10.0,
         timeouts: Mapping[str, str] | None = None,
     ) -> None:
-        async def connect(name: str = application, **options: Any) -> "asyncpg.Connection[Any]":
+        async def connect(
+            name: str = application, patience: float | None = None, **options: Any
+        ) -> "asyncpg.Connection[Any]":
             connection: asyncpg.Connection[Any] = await asyncpg.connect(
                 dsn,
                 timeout=CONNECT_TIMEOUT,
-                command_timeout=command_timeout,
+                command_timeout=patience or command_timeout,
                 server_settings={"application_name": name, "timezone": "UTC", **_PLANNING},
                 **options,
             )
-            if timeouts:
-                await connection.execute(_CONFIGURE, list(timeouts), list(timeouts.values()))
+            chosen = timeouts if patience is None else _patient(patience)
+            if chosen:
+                await connection.execute(_CONFIGURE, list(chosen), list(chosen.values()))
             return connection
 
         self.max_connections: Final = 2 * pool_size
@@ -110,13 +113,16 @@ class Database:
                 raise
 
     @asynccontextmanager
-    async def alone(self, purpose: str) -> AsyncIterator["asyncpg.Connection[Any]"]:
-        """A connection outside of the pools, for whoever listens; `purpose` is added to its name."""
-        connection = await self._connect(f"{self._application} {purpose}")
+    async def alone(self, purpose: str, *, patience: float | None = None) -> AsyncIterator["asyncpg.Connection[Any]"]:
+        """A connection outside of the pools, for whoever listens or reads for long; `purpose` is added to its name.
+
+        With `patience` each statement may take so many seconds, and a transaction as long as it likes.
+        """
+        connection = await self._connect(f"{self._application} {purpose}", patience)
         try:
             yield connection
         finally:
-            connection.terminate()  # whoever listens has nothing to finish, and the server may be gone
+            connection.terminate()  # whoever listens or reads has nothing to finish, and the server may be gone
 
     def in_use(self) -> int:
         """Connections checked out at this moment, of both pools."""
@@ -132,6 +138,10 @@ class Database:
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await asyncio.gather(self._transactions.dispose(), (await self._statements).close())
+
+
+def _patient(seconds: float) -> Mapping[str, str]:
+    return {"statement_timeout": f"{seconds:.0f}s", "transaction_timeout": "0"}
 
 
 def driver_error(error: BaseException) -> BaseException:

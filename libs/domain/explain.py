@@ -41,14 +41,27 @@ _BOOKED_FOR: Final = (
     "coalesce((SELECT (payload ->> 'starts_at')::timestamptz FROM told ORDER BY id LIMIT 1), starts_at)"
 )
 
+# A person may have given another reason, which is not told.
+_OUR_WORDS: Final = "^(deadline|inactivity|allowance_spent|never_connected|(ended|declined)_by_[a-z]+)$"
+
 # $1 appointment id, $2 session id; either may be null.
 _STORY: Final = f"""
     WITH appointment AS (SELECT * FROM appointments WHERE id = $1),
     session AS (SELECT *, kind || '_session:' || id AS context FROM sessions WHERE id = $2),
-    -- The same words as in the index.
+    -- The first condition on names is in the words of the index; rows of their own tell of what the second leaves out.
     told AS (
         SELECT * FROM outbox_events
         WHERE aggregate = 'appointment:' || $1::bigint AND name NOT IN ('session_started', 'session_ended')
+          AND name NOT IN ('session_charged', 'session_ending_soon', 'charges_refunded')
+    ),
+    -- Each with the side of the patient and that of the doctor; a legacy no-show has no second.
+    posted AS (
+        SELECT t.*, units.commodity AS modality, units.subscription_id, payout.doctor_id, payout.amount,
+            payout.commodity AS currency
+        FROM ledger_transactions t
+        LEFT JOIN ledger_entries units ON units.transaction_id = t.id AND units.account = 'subscription'
+        LEFT JOIN ledger_entries payout ON payout.transaction_id = t.id AND payout.account = 'wallet'
+        WHERE t.session_id = $2 OR t.appointment_id = $1
     ),
     party AS (
         SELECT patient_id AS user_id FROM appointment UNION SELECT doctor_id FROM appointment
@@ -93,24 +106,39 @@ _STORY: Final = f"""
         ) AS first
         WHERE c.appointment_id = $1 OR c.session_id = $2
         UNION ALL
-        SELECT activated_at, 7, id, 'activated', '{{}}' FROM session WHERE activated_at IS NOT NULL
+        SELECT rung_at, 7, id, 'rang', jsonb_build_object('user_id', rung_by) FROM session WHERE rung_at IS NOT NULL
         UNION ALL
-        SELECT connected_at, 7, id, 'connected', '{{}}' FROM session WHERE connected_at IS NOT NULL
+        SELECT activated_at, 8, id, 'activated', '{{}}' FROM session WHERE activated_at IS NOT NULL
         UNION ALL
-        SELECT min(at), 8, 0, 'earlier_decisions', jsonb_build_object('number', count(*))
+        SELECT connected_at, 9, id, 'connected', '{{}}' FROM session WHERE connected_at IS NOT NULL
+        UNION ALL
+        SELECT min(at), 10, 0, 'earlier_decisions', jsonb_build_object('number', count(*))
         FROM decision WHERE place > {DECISIONS_TOLD} HAVING count(*) > 0
         UNION ALL
-        SELECT at, 8, id, verdict, jsonb_build_object(
+        SELECT at, 10, id, verdict, jsonb_build_object(
             'operation', operation, 'identifier', identifier, 'reason', reason, 'flag', flag,
             'user_id', user_id, 'role', role, 'client', client, 'correlation_id', correlation_id)
         FROM decision WHERE place <= {DECISIONS_TOLD}
         UNION ALL
-        SELECT ended_at, 9, id, 'session_' || status, jsonb_build_object(
-            'ended_by', ended_by, 'messages', ended_seq,
-            'reason', CASE WHEN end_reason ~ '^(deadline|ended_by_[a-z]+)$' THEN end_reason END)
+        SELECT created_at, 11, 2 * id,
+            CASE kind WHEN 'charge' THEN 'unit_charged' WHEN 'legacy' THEN 'legacy_billed' ELSE 'unit_refunded' END,
+            jsonb_build_object('transaction_id', id, 'reverses', reverses, 'unit', unit, 'modality', modality,
+                'subscription_id', subscription_id)
+        FROM posted
+        UNION ALL
+        SELECT created_at, 11, 2 * id + 1, CASE WHEN amount > 0 THEN 'paid_out' ELSE 'payout_taken_back' END,
+            jsonb_build_object('transaction_id', id, 'unit', unit, 'amount_minor', abs(amount), 'currency', currency,
+                'user_id', doctor_id, 'role', 'doctor')
+        FROM posted WHERE doctor_id IS NOT NULL
+        UNION ALL
+        SELECT warned_at, 12, id, 'ending_soon', '{{}}' FROM session WHERE warned_at IS NOT NULL
+        UNION ALL
+        SELECT ended_at, 13, id, 'session_' || status, jsonb_build_object(
+            'ended_by', ended_by, 'messages', ended_seq, 'units_charged', units_charged,
+            'reason', CASE WHEN end_reason ~ '{_OUR_WORDS}' THEN end_reason END)
         FROM session WHERE ended_at IS NOT NULL
         UNION ALL
-        SELECT n.created_at, 10, n.id, 'notified', jsonb_build_object('user_id', n.user_id, 'notification', n.kind)
+        SELECT n.created_at, 14, n.id, 'notified', jsonb_build_object('user_id', n.user_id, 'notification', n.kind)
         FROM notifications n
         WHERE n.user_id IN (SELECT user_id FROM party) AND (n.appointment_id = $1 OR n.session_id = $2)
     )

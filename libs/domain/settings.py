@@ -168,6 +168,8 @@ class Settings(DatabaseSettings):
     """Share of failed conversions above which the monitor is critical."""
     error_rate_critical_window_seconds: Positive = 300
     """The time over which that share is taken, in seconds."""
+    audit_timeout_seconds: Positive = 3600
+    """How long the audit may take over one invariant, in seconds."""
 
     @model_validator(mode="after")
     def _critical_is_not_below_warning(self) -> Self:

@@ -239,6 +239,7 @@ sessions = Table(
     Column("reason", Text),
     # Whose ring a call waits for the answer to.
     Column("rung_by", BigInteger),
+    _time("rung_at"),
     # When it became active: the doctor's first message, or an answered call.
     _time("activated_at"),
     _time("connected_at"),

@@ -278,6 +278,7 @@ def upgrade() -> None:
     op.create_index(op.f("ledger_entries_transaction_id_idx"), "ledger_entries", ["transaction_id"], unique=False)
     op.add_column("sessions", sa.Column("reason", sa.Text(), nullable=True))
     op.add_column("sessions", sa.Column("rung_by", sa.BigInteger(), nullable=True))
+    op.add_column("sessions", sa.Column("rung_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("sessions", sa.Column("allowance_units", sa.Integer(), nullable=True))
     op.add_column("sessions", sa.Column("idle_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("sessions", sa.Column("tick_at", sa.DateTime(timezone=True), nullable=True))

@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "flags": "services.cli.flags:app",
     "outbox": "services.cli.outbox:app",
     "explain": "services.cli.explain:explain",
+    "audit": "services.cli.audit:audit",
     "demo": "services.cli.demo:demo",
 }
 """Where each command is: a function, or a `typer.Typer` with commands of its own."""

@@ -23,6 +23,7 @@ from libs.domain.telemetry import logger
 from libs.domain.webhooks.sending import Webhooks
 from libs.observability.exposition import MetricsAccess, serve_metrics
 from libs.observability.loop import watch_loop
+from services.worker.audit import Auditor
 from services.worker.gauges import Gauges
 from services.worker.outbox import OutboxLane, WebhookLane
 from services.worker.pulse import Pulse
@@ -82,6 +83,12 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
         lanes: list[OutboxLane | WebhookLane] = [OutboxLane(dispatcher, lane) for lane in (Lane.URGENT, Lane.NORMAL)]
         lanes.append(WebhookLane(dispatcher))
         gauges = Gauges(runtime, settings.worker_name, lambda: pulse.is_well)
+        auditor = Auditor(
+            database,
+            metrics,
+            interval=settings.audit_interval_seconds,
+            patience=settings.audit_timeout_seconds,
+        )
 
         def dispatch() -> None:
             for lane in lanes:
@@ -97,9 +104,10 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
                 runtime.recorder.writing(),
             ):
                 _log.info("worker_started", worker=settings.worker_name, metrics_port=port)
-                await run_until_signalled(
-                    finishing=[pulse, *lanes], abandoned=[gauges.run(), listen(settings.redis_url, jobs), _watch(pulse)]
-                )
+                abandoned = [gauges.run(), listen(settings.redis_url, jobs), _watch(pulse)]
+                if settings.audit_interval_seconds:
+                    abandoned.append(auditor.run())
+                await run_until_signalled(finishing=[pulse, *lanes], abandoned=abandoned)
                 with suppress(Exception):
                     await gauges.leave()
                 _log.info("worker_stopped", worker=settings.worker_name)

@@ -33,6 +33,7 @@ class Wire:
 
     def __init__(self, socket: str) -> None:
         self.state: Literal["whole", "cut", "hanging"] = "whole"
+        self.stays_open = False
         self._socket = socket
         self._ends: list[asyncio.StreamWriter] = []
 
@@ -57,7 +58,8 @@ class Wire:
                     writer.write(data)
         except ConnectionError:
             pass
-        writer.transport.abort()
+        if not self.stays_open:
+            writer.transport.abort()
 
 
 @asynccontextmanager
@@ -154,6 +156,23 @@ async def test_connections_that_the_server_ends_are_replaced(api: Api, clinic: C
     await until(ended)
     for path in ("/me", "/doctors", "/admin/conversions"):
         found(await client.get(path))
+
+
+async def test_a_connection_of_which_the_server_has_taken_leave_is_no_fault_of_ours(
+    clinic: Clinic, owner: Owner, urls: Urls
+) -> None:
+    async with wire_to(urls.app) as (wire, address), running_api(address, urls.redis) as api:
+        client = api.as_(clinic.operator)
+        found(await client.get("/me"))
+        wire.stays_open = True
+        await owner.fetch(f"SELECT pg_terminate_backend(pid) {OURS}")
+
+        async def ended() -> bool:
+            return bool(await owner.fetchval(f"SELECT count(*) = 0 {OURS}"))
+
+        await until(ended)
+        assert overloaded(await client.get("/me"))
+        found(await client.get("/me"))
 
 
 async def test_a_request_whose_connection_ends_stores_nothing_and_may_be_repeated(

@@ -81,6 +81,14 @@ MODULES = "telephony conversation scheduling catalog compliance billing reportin
 CHAT = (
     "send_message get_messages reply_to_message add_reaction remove_reaction start_typing stop_typing mark_as_read join"
 )
+INVARIANTS = (
+    "one_session_per_appointment appointment_in_progress_has_session live_session_has_appointment_in_progress"
+    " patient_in_one_live_session doctor_in_one_live_session doctor_not_double_booked messages_numbered"
+    " ended_session_has_last_number no_message_after_the_end ledger_sums_to_zero subscription_balances wallet_balances"
+    " consumed_balances charged_session_has_begun units_counted units_within_allowance units_numbered"
+    " no_unit_charged_twice legacy_bill_has_no_session unit_taken_once unit_paid_once refund_reverses_one_charge"
+    " delivery_ends_once"
+)
 OPEN = None
 """A label whose values are not listed beforehand."""
 
@@ -164,6 +172,8 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "db_connections_max": ("gauge", {"pool": "api worker"}),
     "job_duration_seconds": ("histogram", {"task": "convert_due dispatch_outbox", "result": "ok error retry timeout"}),
     "doorbell_failures_total": ("counter", {}),
+    "audit_violations": ("gauge", {"invariant": INVARIANTS}),
+    "audit_last_run_timestamp_seconds": ("gauge", {}),
     "asyncio_tasks": ("gauge", {}),
     "asyncio_loop_lag_seconds": ("histogram", {}),
     "process_cpu_limit_cores": ("gauge", {}),
@@ -214,6 +224,8 @@ LOG_EVENTS = {
     "pulse_beat_failed": "exception_type",
     "settlement_failed": "exception_type",
     "gauges_failed": "exception_type",
+    "audit_violation": "invariant violations examples",
+    "audit_failed": "exception_type",
     "doorbell_lost": "exception_type",
     "flag_environment_shadowed": "flag tenant_id target environment",
     "flag_tripped": "flag tenant_id requests refused",

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from libs.domain.billing import ledger
+from libs.domain.transaction import transaction
 from tests.api.calls import CANARY, Owner
 from tests.api.expect import DAY, book, found
 from tests.api.test_rollout import decided
@@ -16,6 +18,7 @@ from tests.cli.conftest import sessiongate
 from tests.clinic import MINUTE, Clinic
 from tests.clock import Clock
 from tests.conftest import MakeApi, Urls
+from tests.domain.test_invariants import BILL
 from tests.running import Api
 
 Run = Callable[..., "CompletedProcess[str]"]
@@ -88,6 +91,8 @@ async def test_the_whole_story_is_told_in_order(api: Api, clinic: Clinic, clock:
         "first_message",
         "first_message",
         "activated",
+        "unit_charged",
+        "paid_out",
         "session_ended",
         "refused",
     ]
@@ -139,6 +144,62 @@ async def test_a_call_that_nobody_took_is_a_story_too(clinic: Clinic, clock: Clo
     assert kinds(story) == ["booked", "due", "conversion_created", "session_created", "session_missed"]
     assert story[-1]["reason"] == "deadline"
     assert told(run, "explain", story[-2]["session_context"]) == story
+
+
+async def test_what_was_charged_and_paid_is_part_of_the_story(
+    clinic: Clinic, clock: Clock, owner: Owner, run: Run
+) -> None:
+    live = await clinic.session("voice", starts_in=timedelta())
+    await owner.execute("UPDATE sessions SET rung_by = $1, rung_at = clock()", live.doctor.user_id)
+    await clinic.begin(live, allowance=2)
+    subscription_id = await clinic.fetchval("SELECT id FROM subscriptions")
+    for minutes in (10, 9, 1):
+        await clock.advance(minutes * MINUTE)
+        await clinic.settle()
+    await clock.advance(MINUTE)
+    async with transaction(clinic.database, clinic.bell) as tx:
+        await ledger.refund(tx, clinic.tenant_id, clinic.operator, live.ref, unit=2)
+    story = told(run, "explain", live.context)
+    units = ("unit_charged", "paid_out")
+    assert kinds(story) == [
+        *("booked", "due", "conversion_created", "session_created", "rang", "activated", "connected"),
+        *(*units, "ending_soon", *units, "session_ended", "unit_refunded", "payout_taken_back"),
+    ]
+    assert [event["at"] for event in story] == sorted(event["at"] for event in story)
+    assert told(run, "explain", str(live.appointment_id)) == story
+    by_kind = {event["kind"]: event for event in story}
+    charged, paid, refunded, back = (
+        {name: value for name, value in by_kind[kind].items() if name not in ("at", "kind")}
+        for kind in (*units, "unit_refunded", "payout_taken_back")
+    )
+    transactions = {"transaction_id": refunded["reverses"]}
+    assert charged == {"unit": 2, "modality": "voice", "subscription_id": subscription_id, **transactions}
+    money = {"unit": 2, "amount_minor": 350000, "currency": "MWK", "user_id": live.doctor.user_id, "role": "doctor"}
+    assert paid == money | transactions
+    assert refunded == charged | {"transaction_id": refunded["transaction_id"], "reverses": refunded["reverses"]}
+    assert back == money | {"transaction_id": refunded["transaction_id"]}
+    assert by_kind["rang"]["user_id"] == live.doctor.user_id
+    assert (by_kind["session_ended"]["reason"], by_kind["session_ended"]["units_charged"]) == ("allowance_spent", 2)
+
+    shown = run("explain", live.context).stdout
+    for words in (
+        f"rung for the other party · user {live.doctor.user_id}",
+        f"unit 2 charged to subscription {subscription_id}, voice",
+        f"350000 MWK in minor units paid for unit 2 · doctor {live.doctor.user_id}",
+        "both warned that the time is nearly up",
+        f"unit 2 given back to subscription {subscription_id}, voice",
+        f"350000 MWK in minor units taken back for unit 2 · doctor {live.doctor.user_id}",
+    ):
+        assert words in shown
+
+
+async def test_a_legacy_bill_is_part_of_the_story(clinic: Clinic, owner: Owner, run: Run) -> None:
+    appointment_id = await clinic.appointment(starts_in=timedelta())
+    await owner.fetchval(BILL, appointment_id, "COMPLETED")
+    story = told(run, "explain", str(appointment_id))
+    assert kinds(story) == ["booked", "due", "legacy_billed", "paid_out"]
+    assert story[2]["unit"] == 1
+    assert "unit 1 billed by a legacy path to subscription" in run("explain", str(appointment_id)).stdout
 
 
 async def test_a_parked_appointment_says_so(clinic: Clinic, run: Run) -> None:

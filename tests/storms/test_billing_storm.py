@@ -17,12 +17,13 @@ import pytest
 
 from libs.domain.conversion.runs import Converter
 from libs.domain.db import Database
+from libs.domain.invariants import violations
 from libs.guardrails import Principal, Role
 from tests.conftest import Urls
 from tests.population import populate
 from tests.running import client_of, token_of
 from tests.storms import workers
-from tests.storms.apis import running_process
+from tests.storms.apis import bill_without_locks, running_process
 
 CALM_SECONDS: Final = 60.0
 WORKERS: Final = 2
@@ -95,12 +96,11 @@ class Storm:
     async def rage(self, owner: "asyncpg.Connection[Any]") -> None:
         """Bills every session in every way at once, while workers are killed and connections cut."""
         sessions = await self._begin(owner)
+        sabotage = bill_without_locks if self.reckless else None
         async with AsyncExitStack() as stack:
             ports = [
                 await stack.enter_async_context(
-                    running_process(
-                        self.urls.app, self.urls.redis, self.folder / f"api-{n}.jsonl", reckless=self.reckless
-                    )
+                    running_process(self.urls.app, self.urls.redis, self.folder / f"api-{n}.jsonl", sabotage)
                 )
                 for n in range(2)
             ]
@@ -225,6 +225,7 @@ async def test_each_unit_is_charged_and_paid_once(
     await storm.rage(owner)
     print(storm)
     assert await owner.fetch(_WRONG) == []
+    assert await violations(owner) == {}
     assert storm.kills == scale.kills
     assert storm.cuts > 0
     assert storm.answers.keys() <= {200, 409, 503}

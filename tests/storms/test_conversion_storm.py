@@ -44,4 +44,4 @@ async def test_the_storm_finds_workers_without_locks_and_tables_without_uniquene
     await owner.execute(WITHOUT_UNIQUENESS)
     storm = Storm(urls, tmp_path, scale, reckless=True)
     await storm.rage(owner)
-    assert "appointments with several sessions" in await faults(owner)
+    assert "one_session_per_appointment" in await faults(owner)

@@ -19,7 +19,7 @@ from tests.conftest import Urls
 from tests.redis_server import RedisServer
 from tests.running import token_of
 from tests.sockets import PROTOCOL
-from tests.storms.apis import running_process
+from tests.storms.apis import Sabotage, let_nobody_resume, running_process
 from tests.storms.proxy import Proxy, running_proxy
 
 CONVERSATIONS = 5
@@ -113,7 +113,13 @@ class Storm:
 
 
 async def rage(
-    urls: Urls, clinic: Clinic, folder: Path, scale: Scale, *, forgetful: bool = False, calm: float = CALM_SECONDS
+    urls: Urls,
+    clinic: Clinic,
+    folder: Path,
+    scale: Scale,
+    *,
+    sabotage: Sabotage | None = None,
+    calm: float = CALM_SECONDS,
 ) -> Storm:
     """Clients in pairs talk through two API processes, over connections that fail and with a Redis that restarts."""
     redis = RedisServer(folder)
@@ -122,7 +128,7 @@ async def rage(
         stack.push_async_callback(redis.kill)
         ports = [
             await stack.enter_async_context(
-                running_process(urls.app, redis.url, folder / f"api-{number}.jsonl", forgetful=forgetful)
+                running_process(urls.app, redis.url, folder / f"api-{number}.jsonl", sabotage=sabotage)
             )
             for number in range(2)
         ]
@@ -178,5 +184,7 @@ async def test_a_client_that_resumes_gets_every_message_once_and_in_order(
 async def test_the_storm_finds_a_server_that_does_not_let_clients_resume(
     urls: Urls, clinic: Clinic, tmp_path: Path
 ) -> None:
-    storm = await rage(urls, clinic, tmp_path, Scale(messages=300, reconnections=20), forgetful=True, calm=3.0)
+    storm = await rage(
+        urls, clinic, tmp_path, Scale(messages=300, reconnections=20), sabotage=let_nobody_resume, calm=3.0
+    )
     assert storm.out_of_order() != []
