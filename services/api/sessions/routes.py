@@ -7,7 +7,7 @@ from libs.guardrails import Permission, Principal, Reason, SessionStatus
 from libs.guardrails.operations import CompleteSession, ViewSession
 from libs.observability.tracing import span
 from services.api.guards import Can, Tx, acting, guarded_router, runtime_of
-from services.api.schemas import DEFAULT_LIMIT, Cursor, Limit, PageOut, page_out, refusals
+from services.api.schemas import DEFAULT_LIMIT, Cursor, Limit, PageOut, creating, page_out, refusals
 from services.api.sessions.schemas import BillingOut, EndedOut, EndSession, PayoutOut, SessionOut
 
 router = guarded_router("/sessions", tag="sessions")
@@ -33,7 +33,7 @@ async def get_session(context: Can[ViewSession], tx: Tx) -> SessionOut:
     return SessionOut.model_validate(await sessions.view(tx, context))
 
 
-@router.post("/{context}/end", responses=_CONTEXT)
+@router.post("/{context}/end", responses=creating(Reason.SESSION_CONTEXT_INVALID, Reason.SESSION_NOT_FOUND))
 async def end_session(
     context: Can[CompleteSession], request: Request, tx: Tx, body: EndSession | None = None
 ) -> EndedOut:
