@@ -8,6 +8,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from typing import Final
 
+from libs.domain.billing.legacy import LegacyBilling
 from libs.domain.catalogue import CATALOGUE
 from libs.domain.chat.bodies import Bodies
 from libs.domain.chat.sending import Chat
@@ -49,6 +50,7 @@ class Runtime:
     field_keys: FieldKeys
     bodies: Bodies
     chat: Chat
+    legacy_billing: LegacyBilling
 
     def begin(self) -> AbstractAsyncContextManager[Transaction]:
         """A transaction that commits when its block ends well; see `libs.domain.transaction`."""
@@ -73,8 +75,21 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
         response_window=timedelta(seconds=settings.text_session_response_window_seconds),
         messages_per_minute=settings.chat_messages_per_minute,
     )
-    door = Door(guard, settlement)
-    return Runtime(settings, metrics, database, bell, recorder, live, guard, settlement, door, field_keys, bodies, chat)
+    return Runtime(
+        settings,
+        metrics,
+        database,
+        bell,
+        recorder,
+        live,
+        guard,
+        settlement,
+        Door(guard, settlement),
+        field_keys,
+        bodies,
+        chat,
+        LegacyBilling(settlement, metrics),
+    )
 
 
 @asynccontextmanager
