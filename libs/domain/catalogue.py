@@ -5,6 +5,7 @@ from typing import Final
 from libs.domain.conversion.causes import FailureReason
 from libs.domain.invariants import INVARIANTS
 from libs.domain.jobs import JOBS
+from libs.domain.legacy.commands import Command
 from libs.domain.outbox.events import EventName
 from libs.guardrails import OPERATIONS, Family, Flag, Reason
 from libs.guardrails.operations import names_of
@@ -26,6 +27,7 @@ _MODULES: Final = (
 )
 
 _chat_operation: Final = Label("operation", tuple(names_of(Family.CHAT)))
+_command_name: Final = Label("command_name", tuple(Command))
 _event_name: Final = Label("event_name", tuple(EventName))
 
 # What `decide` can answer. A warning names what enforcement would have said.
@@ -133,6 +135,16 @@ _CHAT: Final = (
     ),
 )
 
+_LEGACY: Final = (
+    counter("legacy_trigger_executions_total", "Legacy trigger runs", _command_name),
+    counter(
+        "legacy_trigger_appointments_processed_total",
+        "Appointments processed by legacy triggers",
+        _command_name,
+        Label("has_session", ("true", "false")),
+    ),
+)
+
 _BILLING: Final = (
     histogram("chat_session_duration_seconds", "Duration of ended sessions", Label("modality", _MODALITIES)),
     histogram("chat_session_messages", "Messages per ended session"),
@@ -147,7 +159,10 @@ _CONVERSION: Final = (
     counter("appointment_session_conversion_attempted_total", "Conversions begun", Label("task", _TASKS)),
     counter("appointment_sessions_created_total", "Committed conversions", Label("modality", _MODALITIES)),
     counter("appointment_session_conversion_failed_total", "Failed conversions", Label("reason", tuple(FailureReason))),
-    counter("appointment_session_conversion_skipped_total", "Appointments that had changed once they were locked"),
+    counter(
+        "appointment_session_conversion_skipped_total",
+        "Appointments that had changed once they were locked, or that could not start before they were due",
+    ),
     counter("appointment_session_notification_failed_total", "Notification failed after successful conversion"),
     histogram("appointment_conversion_run_duration_seconds", "Conversion run duration", Label("task", _TASKS[:2])),
     gauge(
@@ -186,4 +201,4 @@ _BACKGROUND: Final = (
     gauge("audit_last_run_timestamp_seconds", "Unix time of the last finished audit"),
 )
 
-CATALOGUE: Final = (*_HTTP, *_GUARD, *_SCHEDULING, *_CHAT, *_BILLING, *_CONVERSION, *_BACKGROUND)
+CATALOGUE: Final = (*_HTTP, *_GUARD, *_SCHEDULING, *_CHAT, *_BILLING, *_LEGACY, *_CONVERSION, *_BACKGROUND)

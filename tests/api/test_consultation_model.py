@@ -130,7 +130,7 @@ class Life(RuleBasedStateMachine):
     def check(self, response: Response, expected: Answer, read: Callable[[Any], Any], *, broke: bool) -> None:
         """Compares the answer with the model's. Of what broke off, the first answer may have been lost, and the
         second one then says that nothing was left to do: there the state alone is compared."""
-        body = response.json() if response.content else None
+        body: Any = response.json() if response.content else None
         said = body["code"] if response.status_code >= 400 else read(body)
         if not broke:
             assert (response.status_code, said) == expected, response.text
