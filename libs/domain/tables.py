@@ -476,7 +476,7 @@ conversion_runs = Table(
     Column("skipped_count", Integer, nullable=False),
     Column("failed_count", Integer, nullable=False),
     Column("runtime_ms", Float, nullable=False),
-    CheckConstraint("task IN ('auto_start', 'recovery')", name="task"),
+    CheckConstraint("task IN ('auto_start', 'recovery', 'legacy')", name="task"),
     Index("conversion_runs_uncounted_idx", "run_id", postgresql_where=text("NOT counted")),
 )
 
@@ -645,6 +645,14 @@ workers = Table(
     Column("name", Text, primary_key=True),
     _time("started_at", default_now=True),
     _time("beat_at", default_now=True),
+)
+
+# What workers do by the clock: whichever of them comes first in a slot writes it down, and does it.
+cron_runs = Table(
+    "cron_runs",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("slot", DateTime(timezone=True), primary_key=True),
 )
 
 idempotency_keys = Table(

@@ -143,6 +143,7 @@ RATES = "INSERT INTO payout_rates (country, currency, amount_minor) VALUES ('MW'
 GRANTS = (
     "GRANT SELECT ON payout_rates, ledger_transactions, ledger_entries, wallets TO sessiongate_app",
     "GRANT INSERT ON ledger_transactions, ledger_entries TO sessiongate_app",
+    "GRANT SELECT, INSERT, DELETE ON cron_runs TO sessiongate_app",
     # What remains is the ledger's to say; that some column may be updated lets the services lock a row.
     "REVOKE UPDATE ON subscriptions FROM sessiongate_app",
     "GRANT UPDATE (plan, ends_at) ON subscriptions TO sessiongate_app",
@@ -276,6 +277,16 @@ def upgrade() -> None:
         postgresql_where=sa.text("subscription_id IS NOT NULL"),
     )
     op.create_index(op.f("ledger_entries_transaction_id_idx"), "ledger_entries", ["transaction_id"], unique=False)
+    op.create_table(
+        "cron_runs",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("slot", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("name", "slot", name=op.f("cron_runs_pkey")),
+    )
+    op.drop_constraint("conversion_runs_task_check", "conversion_runs")
+    op.create_check_constraint(
+        op.f("conversion_runs_task_check"), "conversion_runs", "task IN ('auto_start', 'recovery', 'legacy')"
+    )
     op.add_column("sessions", sa.Column("reason", sa.Text(), nullable=True))
     op.add_column("sessions", sa.Column("rung_by", sa.BigInteger(), nullable=True))
     op.add_column("sessions", sa.Column("allowance_units", sa.Integer(), nullable=True))

@@ -3,14 +3,16 @@
 A route says in its signature what it needs:
 
     context: Can[GetMessages]           a sealed SessionContext, its facts locked in the request's transaction
+    context: Annotated[SessionContext[EndSession], can(EndSession, appointment)]
+                                        the same of what `appointment`, a dependency, finds in the request
     claim: Claimed[SendMessage]         the claim alone, for operations whose own statement decides
     caller: Annotated[Principal, acting(Permission.BOOK_APPOINTMENTS)]
     tx: Tx                              the request's transaction, committed before the response is sent
 
-A POST that creates something takes an `Idempotency-Key` by itself; chat messages have `client_message_id` for that.
-One that asks for no body takes none but an empty object.
+A POST that creates or charges something takes an `Idempotency-Key` by itself; chat messages have
+`client_message_id` for that. One that asks for no body takes none but an empty object.
 
-`GuardedRoute` raises at import when a route asks for none of the first three. It authenticates before
+`GuardedRoute` raises at import when a route asks for none of the first four. It authenticates before
 the body is read, and opens contexts after the whole request is validated, so that refusals come in the
 promised order: token, size, syntax, identifier, schema, existence, role, flags, state.
 """
@@ -38,13 +40,16 @@ from libs.domain.db import is_conflict
 from libs.domain.runtime import Runtime
 from libs.domain.transaction import Transaction
 from libs.guardrails import (
+    AppointmentRef,
     Claim,
+    Family,
     Operation,
     Permission,
     Principal,
     Reason,
     Refused,
     SessionContext,
+    SessionRef,
     addresses,
     parse_context,
 )
@@ -63,10 +68,11 @@ Op = TypeVar("Op", bound=Operation)
 @dataclass(frozen=True, slots=True)
 class Net:
     """Marks a dependency as a guard. `session` when it guards a session; `complete` when the operation's
-    own statement also checks that the caller is still active."""
+    own statement also checks that the caller is still active; `charges` when the operation may cost something."""
 
     session: bool
     complete: bool = False
+    charges: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +113,30 @@ ContextPath = Annotated[
 ]
 
 
-def _claim(request: HTTPConnection, operation: type[Op], identifier: str) -> Claim[Op]:
-    subject = parse_context(identifier)
+Subject: TypeAlias = SessionRef | AppointmentRef
+
+
+def _claim(request: HTTPConnection, operation: type[Op], subject: Subject) -> Claim[Op]:
     if not addresses(operation, subject):
         raise Refused(Reason.SESSION_CONTEXT_INVALID)
     return Claim(operation, request.state.principal, subject)
+
+
+def can(operation: type[Operation], named: Callable[..., Awaitable[Subject]]) -> Any:
+    """The dependency of a route whose request does not name its session as `{context}`: `named`, itself a
+    dependency, finds out what it names. The route gets a `SessionContext`, as from `Can`."""
+
+    async def context_of(request: Request, subject: Annotated[Subject, Depends(named)], tx: Tx) -> Pending:
+        claim = _claim(request, operation, subject)
+        return Pending(functools.partial(runtime_of(request).door.open, tx, claim))
+
+    charges = operation.family is Family.BILLING and not operation.reads
+    context_of.net = Net(session=True, charges=charges)  # type: ignore[attr-defined]
+    return Depends(context_of)
+
+
+async def _in_path(context: ContextPath) -> Subject:
+    return parse_context(context)
 
 
 if TYPE_CHECKING:
@@ -121,17 +146,12 @@ else:
 
     class Can:
         def __class_getitem__(cls, operation: type[Operation]) -> Any:
-            async def context_of(request: Request, context: ContextPath, tx: Tx) -> Pending:
-                claim = _claim(request, operation, context)
-                return Pending(functools.partial(runtime_of(request).door.open, tx, claim))
-
-            context_of.net = Net(session=True)
-            return Annotated[SessionContext[operation], Depends(context_of)]
+            return Annotated[SessionContext[operation], can(operation, _in_path)]
 
     class Claimed:
         def __class_getitem__(cls, operation: type[Operation]) -> Any:
             async def claim_of(request: Request, context: ContextPath) -> Claim:
-                return _claim(request, operation, context)
+                return _claim(request, operation, parse_context(context))
 
             claim_of.net = Net(session=True, complete=True)
             return Annotated[Claim[operation], Depends(claim_of)]
@@ -166,9 +186,11 @@ class GuardedRoute(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         dependencies = list(options.pop("dependencies", None) or ())
-        if options.get("status_code") == 201 and self.replays:
+        asked = get_dependant(path=path, call=endpoint)
+        has_effect = options.get("status_code") == 201 or any(net.charges for net in _nets(asked))
+        if has_effect and self.replays:
             dependencies.append(Depends(_claim_key))
-        if _BODIED.intersection(options.get("methods") or ()) and not _takes_body(path, endpoint):
+        if _BODIED.intersection(options.get("methods") or ()) and not asked.body_params:
             dependencies.append(Depends(_no_body))
         options["dependencies"] = dependencies
         super().__init__(path, _opening(endpoint), **options)
@@ -232,7 +254,7 @@ class GuardedRouter(APIRouter):
 
 def guarded_router(prefix: str, *, tag: str, sessions_only: bool = False, replays: bool = True) -> GuardedRouter:
     """The only way to make a router outside of `public.py`. Without `replays`, or with `sessions_only`, what creates
-    something takes no idempotency key."""
+    or charges something takes no idempotency key."""
     route = SessionRoute if sessions_only else GuardedRoute if replays else UnrepeatableRoute
     return GuardedRouter(prefix=prefix, tags=[tag], route_class=route)
 
@@ -259,7 +281,8 @@ def guarded_websocket(
                 return
             await websocket.accept(PROTOCOL)
             try:
-                await endpoint(websocket, _claim(websocket, operation, websocket.path_params["context"]), token)
+                subject = parse_context(websocket.path_params["context"])
+                await endpoint(websocket, _claim(websocket, operation, subject), token)
             except Exception as error:
                 handshake.refuse(websocket, refusal(error))
 
@@ -326,10 +349,6 @@ def _opening(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _BODIED: Final = {"POST", "PUT", "PATCH"}
-
-
-def _takes_body(path: str, endpoint: Callable[..., Any]) -> bool:
-    return bool(get_dependant(path=path, call=endpoint).body_params)
 
 
 def _nets(dependant: Dependant) -> Iterator[Net]:

@@ -158,7 +158,7 @@ def refusals(*reasons: Reason) -> dict[int | str, dict[str, Any]]:
 
 
 def creating(*reasons: Reason) -> dict[int | str, dict[str, Any]]:
-    """The documented refusals of a guarded route that creates something, and so takes an idempotency key."""
+    """The documented refusals of a guarded route that creates or charges something, and so takes an idempotency key."""
     return refusals(*reasons, Reason.IDEMPOTENCY_IN_FLIGHT, Reason.IDEMPOTENCY_KEY_REUSED)
 
 

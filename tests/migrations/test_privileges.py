@@ -25,6 +25,7 @@ SWEPT = {
     "webhook_endpoints": {"INSERT", "UPDATE", "DELETE"},
     "webhook_secrets": {"INSERT", "UPDATE", "DELETE"},
     "decision_totals": {"INSERT", "UPDATE", "DELETE"},
+    "cron_runs": {"INSERT", "DELETE"},
 }
 
 PRIVILEGES = """

@@ -134,6 +134,11 @@ def guards_replaced(node: ast.AST) -> Iterator[Change]:
             assert isinstance(guard.value, ast.Name)
             unguarded = f"unguarded.{guard.value.id}"
             yield f"`{name}` from {unguarded}", partial(setattr, guard, "value", ast.Name(unguarded))
+        case ast.arg(
+            arg=name,
+            annotation=ast.Subscript(slice=ast.Tuple(elts=[_, ast.Call(func=ast.Name(id="can")) as guard])),
+        ):
+            yield f"`{name}` from unguarded.can", partial(setattr, guard, "func", ast.Name("unguarded.can"))
         case ast.arg(arg="caller" as name):
             yield f"`{name}` from unguarded.Caller", partial(setattr, node, "annotation", ast.Name("unguarded.Caller"))
 

@@ -1,5 +1,6 @@
 """Guards of routes that let everybody through, for mutants."""
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -8,20 +9,32 @@ from libs.domain.sessions import facts
 from libs.guardrails import Claim, Operation, Principal, SessionContext, parse_context
 from libs.guardrails.context import SEAL
 from libs.guardrails.operations import GetMessages
-from services.api.guards import ContextPath, Net, Tx
+from services.api.guards import ContextPath, Net, Subject, Tx
+
+
+def can(operation: type[Operation], named: Callable[..., Awaitable[Subject]]) -> Any:
+    """Seals a context of whatever is found."""
+
+    async def context_of(
+        request: Request, subject: Annotated[Subject, Depends(named)], tx: Tx
+    ) -> SessionContext[Operation]:
+        claim = Claim(operation, request.state.principal, subject)
+        known = await facts.load(tx, claim.subject, claim.caller.tenant_id, lock=not operation.reads)
+        return SessionContext(SEAL, claim, known)
+
+    context_of.net = Net(session=True)  # type: ignore[attr-defined]
+    return Depends(context_of)
+
+
+async def _in_path(context: ContextPath) -> Subject:
+    return parse_context(context)
 
 
 class Can:
-    """Seals a context of whatever is found."""
+    """Likewise, of a `{context}`."""
 
     def __class_getitem__(cls, operation: type[Operation]) -> Any:
-        async def context_of(request: Request, context: ContextPath, tx: Tx) -> SessionContext[Operation]:
-            claim = Claim(operation, request.state.principal, parse_context(context))
-            known = await facts.load(tx, claim.subject, claim.caller.tenant_id, lock=not operation.reads)
-            return SessionContext(SEAL, claim, known)
-
-        context_of.net = Net(session=True)  # type: ignore[attr-defined]
-        return Annotated[SessionContext[operation], Depends(context_of)]  # type: ignore[valid-type]
+        return Annotated[SessionContext[operation], can(operation, _in_path)]  # type: ignore[valid-type]
 
 
 class Claimed:

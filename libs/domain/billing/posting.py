@@ -2,8 +2,8 @@
 
 A unit is ten minutes. Whoever charges says in a CTE `billed` how many units there should be in all; what is
 missing is taken from the patient's subscriptions, first in, first out, as long as they have any, and each
-unit taken is paid to the doctor by the rate of the doctor's country. The key of a transaction names the unit,
-so none is ever charged twice.
+unit taken is paid to the doctor by the rate of the doctor's country, unless nobody is to be paid. The key of a
+transaction names the unit, so none is ever charged twice.
 """
 
 from datetime import timedelta
@@ -30,7 +30,7 @@ def elapsed_units(begun_at: str, until: str) -> str:
     return f"greatest(0, floor(extract(epoch FROM {until} - {begun_at}) / {UNIT.seconds})::int)"
 
 
-def _posting(kind: str, *, key: str, session: str, appointment: str) -> str:
+def _posting(kind: str, *, key: str, session: str, appointment: str, pays: str) -> str:
     return f"""
     -- Locked in an order that all share, and in a step of its own: what remains is read under the lock.
     stock AS MATERIALIZED (
@@ -69,22 +69,25 @@ def _posting(kind: str, *, key: str, session: str, appointment: str) -> str:
             ('consumed', NULL, NULL, u.modality, 1),
             ('wallet', NULL, u.doctor_id, u.currency, u.amount_minor),
             ('payable', NULL, NULL, u.currency, -u.amount_minor)
-        ) AS entry
+        ) AS entry (account, subscription_id, doctor_id, commodity, amount)
+        WHERE entry.account IN ('subscription', 'consumed') OR {pays}
     ),
     charged AS MATERIALIZED (
         SELECT id, count(*)::int AS added,
-            jsonb_agg(jsonb_build_object('amount_minor', amount_minor, 'currency', currency)) AS payouts
+            coalesce(jsonb_agg(jsonb_build_object('amount_minor', amount_minor, 'currency', currency))
+                FILTER (WHERE {pays}), '[]') AS payouts
         FROM unit GROUP BY id
     )"""
 
 
 CHARGE_SESSIONS: Final = _posting(
-    "charge", key="'session:' || id || ':unit:' || number", session="id", appointment="NULL"
+    "charge", key="'session:' || id || ':unit:' || number", session="id", appointment="NULL", pays="true"
 )
 """CTEs that charge the sessions of the CTE `billed` (id, tenant_id, patient_id, doctor_id, modality, begun_at,
 `charged` units so far, `wanted` units in all). `charged` answers (id, added, payouts) for those that were."""
 
 CHARGE_APPOINTMENTS: Final = _posting(
-    "legacy", key="'appointment:' || id || ':legacy:' || number", session="NULL", appointment="id"
+    "legacy", key="'appointment:' || id || ':legacy:' || number", session="NULL", appointment="id", pays="pays"
 )
-"""Likewise for appointments without a session, which the legacy paths bill."""
+"""Likewise for appointments without a session, which the legacy paths bill; `pays` tells whether the doctor is
+paid."""

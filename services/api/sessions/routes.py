@@ -70,7 +70,7 @@ async def decline_call(context: Can[Decline], request: Request, tx: Tx) -> Sessi
     return SessionOut.model_validate(await runtime_of(request).calls.decline(tx, context))
 
 
-@router.post("/{context}/end", responses=_CONTEXT)
+@router.post("/{context}/end", responses=creating(Reason.SESSION_CONTEXT_INVALID, Reason.SESSION_NOT_FOUND))
 async def end_session(
     context: Can[CompleteSession], request: Request, tx: Tx, body: EndSession | None = None
 ) -> EndedOut:
