@@ -4,6 +4,7 @@ from typing import Final
 
 from libs.domain.conversion.causes import FailureReason
 from libs.domain.jobs import JOBS
+from libs.domain.legacy.commands import Command
 from libs.domain.outbox.events import EventName
 from libs.guardrails import OPERATIONS, Family, Flag, Reason
 from libs.guardrails.operations import names_of
@@ -25,6 +26,7 @@ _MODULES: Final = (
 )
 
 _chat_operation: Final = Label("operation", tuple(names_of(Family.CHAT)))
+_command_name: Final = Label("command_name", tuple(Command))
 _event_name: Final = Label("event_name", tuple(EventName))
 
 # What `decide` can answer. A warning names what enforcement would have said.
@@ -132,6 +134,16 @@ _CHAT: Final = (
     ),
 )
 
+_LEGACY: Final = (
+    counter("legacy_trigger_executions_total", "Legacy trigger runs", _command_name),
+    counter(
+        "legacy_trigger_appointments_processed_total",
+        "Appointments processed by legacy triggers",
+        _command_name,
+        Label("has_session", ("true", "false")),
+    ),
+)
+
 _BILLING: Final = (
     histogram("chat_session_duration_seconds", "Duration of ended sessions", Label("modality", _MODALITIES)),
     histogram("chat_session_messages", "Messages per ended session"),
@@ -179,4 +191,4 @@ _BACKGROUND: Final = (
     counter("doorbell_failures_total", "Wake-up calls that Redis did not take"),
 )
 
-CATALOGUE: Final = (*_HTTP, *_GUARD, *_SCHEDULING, *_CHAT, *_BILLING, *_CONVERSION, *_BACKGROUND)
+CATALOGUE: Final = (*_HTTP, *_GUARD, *_SCHEDULING, *_CHAT, *_BILLING, *_LEGACY, *_CONVERSION, *_BACKGROUND)

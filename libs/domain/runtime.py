@@ -8,6 +8,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from typing import Final
 
+from libs.domain.billing.legacy import LegacyBilling
 from libs.domain.catalogue import CATALOGUE
 from libs.domain.chat.bodies import Bodies
 from libs.domain.chat.sending import Chat
@@ -53,6 +54,7 @@ class Runtime:
     bodies: Bodies
     calls: Calls
     chat: Chat
+    legacy_billing: LegacyBilling
 
     def begin(self) -> AbstractAsyncContextManager[Transaction]:
         """A transaction that commits when its block ends well; see `libs.domain.transaction`."""
@@ -99,6 +101,7 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
             inactivity=timedelta(seconds=settings.call_inactivity_seconds),
         ),
         chat=chat,
+        legacy_billing=LegacyBilling(settlement, metrics),
     )
 
 

@@ -20,6 +20,7 @@ from libs.observability.registry import Metrics
 _MODULES: Final = {
     "appointments": "scheduling",
     "conversion": "scheduling",
+    "legacy": "scheduling",
     "chat": "conversation",
     "realtime": "conversation",
     "sessions": "conversation",

@@ -187,8 +187,8 @@ class GuardedRoute(APIRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         dependencies = list(options.pop("dependencies", None) or ())
         asked = get_dependant(path=path, call=endpoint)
-        has_effect = options.get("status_code") == 201 or any(net.charges for net in _nets(asked))
-        if has_effect and self.replays:
+        creates = options.get("status_code") == 201
+        if (creates and self.replays) or any(net.charges for net in _nets(asked)):
             dependencies.append(Depends(_claim_key))
         if _BODIED.intersection(options.get("methods") or ()) and not asked.body_params:
             dependencies.append(Depends(_no_body))
@@ -232,7 +232,7 @@ class GuardedRoute(APIRoute):
 
 
 class UnrepeatableRoute(GuardedRoute):
-    """A route that takes no idempotency key: its answers must not be stored."""
+    """A route that creates something and takes no idempotency key: its answers must not be stored."""
 
     replays = False
 
@@ -254,7 +254,7 @@ class GuardedRouter(APIRouter):
 
 def guarded_router(prefix: str, *, tag: str, sessions_only: bool = False, replays: bool = True) -> GuardedRouter:
     """The only way to make a router outside of `public.py`. Without `replays`, or with `sessions_only`, what creates
-    or charges something takes no idempotency key."""
+    something takes no idempotency key; what charges always takes one."""
     route = SessionRoute if sessions_only else GuardedRoute if replays else UnrepeatableRoute
     return GuardedRouter(prefix=prefix, tags=[tag], route_class=route)
 

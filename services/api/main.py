@@ -29,6 +29,7 @@ from services.api.admin.outbox import router as admin_outbox
 from services.api.admin.routes import router as admin
 from services.api.admin.webhooks import router as admin_webhooks
 from services.api.appointments.routes import router as appointments
+from services.api.billing import legacy
 from services.api.billing import routes as billing
 from services.api.chat.routes import router as chat
 from services.api.identity import Identity, identity_of
@@ -50,6 +51,7 @@ ROOMS: Final = (
     *(billing.balance_router, admin, billing.operators_router, decisions, admin_flags, admin_outbox, admin_webhooks),
 )
 BASE: Final = "/api/v1"
+LEGACY_BASE: Final = "/api"
 GRACE_SECONDS: Final = 15
 FRAME_LIMIT: Final = 65_536
 PING_SECONDS: Final = 20
@@ -94,6 +96,7 @@ def create_app(
     )
     for room in ROOMS:
         app.include_router(room, prefix=BASE)
+    app.include_router(legacy.router, prefix=LEGACY_BASE)
     app.include_router(public.router)
     errors.install(app, runtime.metrics)
     app.add_middleware(SecurityHeaders)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -17,15 +17,21 @@ from rich.table import Table
 from libs.domain.conversion import monitor
 from libs.domain.conversion.report import Reporter
 from libs.domain.conversion.runs import Converter, Outcome, Run
-from libs.domain.runtime import telemetry, thresholds_of
+from libs.domain.flags.live import LiveFlags
+from libs.domain.legacy.triggers import TriggerRun, Triggers
+from libs.domain.runtime import flags_of, telemetry, thresholds_of
 from libs.domain.settings import Settings
 from services.cli import home
 from services.cli.database import opened
 from services.cli.errors import CommandError
 from services.cli.options import AsJson
 from services.cli.progress import progress_bar
+from services.cli.seed import Silence
 
-app = typer.Typer(no_args_is_help=True, help="Convert due appointments into sessions, and watch it happen.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Convert due appointments into sessions, and watch it happen; and what came before sessions.",
+)
 
 _EXIT: Final = {"ok": 0, "warning": 1, "critical": 2}
 _COLOURS: Final = {"ok": "green", "warning": "yellow", "critical": "red"}
@@ -121,6 +127,45 @@ def monitor_sessions(
         raise typer.Exit(_EXIT[report.level])
 
 
+@app.command("process-appointment-sessions")
+def process_appointment_sessions(as_json: AsJson = False) -> None:
+    """Legacy: close appointments that are over and had neither a session nor a conversion, and bill them."""
+    _trigger(Triggers.process_appointment_sessions, as_json)
+
+
+@app.command("activate-booked-appointments")
+def activate_booked_appointments(as_json: AsJson = False) -> None:
+    """Legacy: start the sessions of text appointments that are due within five minutes."""
+    _trigger(Triggers.activate_booked_appointments, as_json)
+
+
+def _trigger(command: Callable[[Triggers], Awaitable[TriggerRun]], as_json: bool) -> None:
+    async def run() -> TriggerRun:
+        settings = _settings()
+        async with telemetry(settings, "sessiongate-cli") as metrics, opened(settings) as database:
+            flags = LiveFlags(flags_of(home.flag_settings()), database=database, metrics=metrics)
+            await flags.reload()
+            converter = Converter(
+                database,
+                Reporter(None).batch,
+                worker=_WORKER,
+                counts=False,
+                batch_limit=settings.conversion_batch_limit,
+            )
+            return await command(Triggers(database, Silence(), flags, metrics, converter))
+
+    done = asyncio.run(run())
+    if as_json:
+        typer.echo(json.dumps({**done.fields(), "disabled": done.disabled}))
+        return
+    if done.disabled:
+        Console().print("Legacy appointment triggers disabled.")
+        return
+    table = Table("processed", "skipped", "tenants left alone")
+    table.add_row(str(done.processed), str(done.skipped), str(done.disabled_tenants))
+    Console().print(table)
+
+
 def _parse_lookback(text: str) -> timedelta | None:
     """`24h`, `7d`, a bare number of hours, or `all` (None)."""
     if text == "all":
@@ -132,16 +177,19 @@ def _parse_lookback(text: str) -> timedelta | None:
     return timedelta(days=number) if match[2] == "d" else timedelta(hours=number)
 
 
-@asynccontextmanager
-async def _converting(as_json: bool) -> AsyncIterator[tuple[Converter, list[Outcome], Reporter]]:
-    """A converter for this process, the list that its outcomes are added to, and who reports them.
-
-    The log of a command goes to a file, as that of the services does: stdout is for the answer. Its
-    outcomes are counted by a worker, from the rows of its run.
-    """
+def _settings() -> Settings:
+    """The log of a command goes to a file, as that of the services does: stdout is for the answer."""
     settings = home.settings(Settings)
     if settings.log_file is None:
         settings = settings.model_copy(update={"log_file": home.Home.locate().log("cli.jsonl")})
+    return settings
+
+
+@asynccontextmanager
+async def _converting(as_json: bool) -> AsyncIterator[tuple[Converter, list[Outcome], Reporter]]:
+    """A converter for this process, the list that its outcomes are added to, and who reports them. The outcomes
+    are counted by a worker, from the rows of its run."""
+    settings = _settings()
     outcomes: list[Outcome] = []
     reporter = Reporter(None)
     async with telemetry(settings, "sessiongate-cli"), opened(settings) as database:

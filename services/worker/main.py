@@ -1,4 +1,4 @@
-"""The worker's composition root: the pulse, the outbox lanes, the gauges, and the doorbell's listener."""
+"""The worker's composition root: the pulse, the cron, the outbox lanes, the gauges, and the doorbell's listener."""
 
 import asyncio
 import signal
@@ -14,6 +14,8 @@ from libs.domain.conversion.runs import Converter
 from libs.domain.db import WORKER_TIMEOUTS, Database
 from libs.domain.doorbell import Doorbell
 from libs.domain.jobs import ConvertDue, DispatchOutbox, Job
+from libs.domain.legacy.commands import Command
+from libs.domain.legacy.triggers import Triggers
 from libs.domain.notifications import Notifications
 from libs.domain.outbox.dispatch import Dispatcher, EventConsumer
 from libs.domain.outbox.events import Consumer, Lane
@@ -23,6 +25,7 @@ from libs.domain.telemetry import logger
 from libs.domain.webhooks.sending import Webhooks
 from libs.observability.exposition import MetricsAccess, serve_metrics
 from libs.observability.loop import watch_loop
+from services.worker.cron import Cron
 from services.worker.gauges import Gauges
 from services.worker.outbox import OutboxLane, WebhookLane
 from services.worker.pulse import Pulse
@@ -73,6 +76,14 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
             batch_limit=settings.conversion_batch_limit,
         )
         pulse = Pulse(runtime, converter, reporter)
+        triggers = Triggers(database, bell, runtime.flags, metrics, converter)
+        cron = Cron(
+            database,
+            {
+                Command.PROCESS_APPOINTMENT_SESSIONS: triggers.process_appointment_sessions,
+                Command.ACTIVATE_BOOKED_APPOINTMENTS: triggers.activate_booked_appointments,
+            },
+        )
         webhooks = Webhooks(runtime)
         consumers: dict[Consumer, EventConsumer] = {
             Consumer.NOTIFICATIONS: Notifications(database),
@@ -98,7 +109,8 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
             ):
                 _log.info("worker_started", worker=settings.worker_name, metrics_port=port)
                 await run_until_signalled(
-                    finishing=[pulse, *lanes], abandoned=[gauges.run(), listen(settings.redis_url, jobs), _watch(pulse)]
+                    finishing=[pulse, cron, *lanes],
+                    abandoned=[gauges.run(), listen(settings.redis_url, jobs), _watch(pulse)],
                 )
                 with suppress(Exception):
                     await gauges.leave()

@@ -16,10 +16,12 @@ class FailureReason(StrEnum):
 
 
 class SkipReason(StrEnum):
-    """What happened to an appointment between its selection and its lock."""
+    """What happened to an appointment between its selection and its lock; or that it cannot start before it is due,
+    which says nothing about whether it can then."""
 
     SESSION_ID_ALREADY_SET = "session_id_already_set"
     STATUS_CHANGED = "status_changed"
+    NOT_DUE_YET = "not_due_yet"
 
 
 class Cause(NamedTuple):

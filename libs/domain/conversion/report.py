@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
-from libs.domain.conversion.runs import SOURCE, Outcome, Run
+from libs.domain.conversion.runs import SOURCE, Outcome, Run, Task
 from libs.domain.telemetry import logger
 from libs.observability.context import carrier
 from libs.observability.registry import Metrics
@@ -14,7 +14,11 @@ from libs.observability.tracing import record_span
 
 _log: Final = logger("conversion")
 
-_RUN_EVENT: Final = {"auto_start": "appointment_auto_start_run", "recovery": "appointment_recovery_run"}
+# Early conversions are runs of a legacy command, which tells of them itself.
+_RUN_EVENT: Final[dict[Task, str]] = {
+    "auto_start": "appointment_auto_start_run",
+    "recovery": "appointment_recovery_run",
+}
 
 
 class Reporter:

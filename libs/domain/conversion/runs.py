@@ -16,7 +16,7 @@ from libs.domain.db import Database, is_transient
 from libs.observability.redaction import scrub_error
 from libs.observability.tracing import span
 
-Task = Literal["auto_start", "recovery"]
+Task = Literal["auto_start", "recovery", "legacy"]
 Result = Literal["created", "skipped", "failed"]
 
 SOURCE: Final = "APPOINTMENT"
@@ -24,7 +24,11 @@ SOURCE: Final = "APPOINTMENT"
 UNTOUCHABLE_SECONDS: Final = 60.0
 """How long a converter leaves a row alone whose failure it could not even write down in it."""
 
-_SPANS: Final[dict[Task, str]] = {"auto_start": "appointments.auto_start", "recovery": "appointments.recover"}
+_SPANS: Final[dict[Task, str]] = {
+    "auto_start": "appointments.auto_start",
+    "recovery": "appointments.recover",
+    "legacy": "legacy.activate_booked_appointments",
+}
 
 
 class Outcome(NamedTuple):
@@ -87,6 +91,15 @@ OnBatch = Callable[[Run, list[Outcome], int], None]
 in a thread, one batch after the other, each while the database has the next one."""
 
 
+class _Selection(NamedTuple):
+    """Which appointments a run takes: the query, the conversion of what it finds, and their arguments after the
+    limit, given the ids that the run has attempted."""
+
+    select: str
+    convert: str
+    arguments: Callable[[list[int]], list[Any]]
+
+
 class ConverterBusy(Exception):
     """Another process is converting; whoever meant to can leave it to that one."""
 
@@ -114,13 +127,22 @@ class Converter:
         Raises `ConverterBusy` when another process converts at this moment, unless `wait` is set.
         """
         due = await self._fetch_value(statement.COUNT_DUE)
-        return await self._run(Run("auto_start", due), limit, wait, statement.CONVERT_DUE, None)
+        selection = _Selection(statement.SELECT_DUE, statement.CONVERT_DUE, lambda _: [self._left_alone()])
+        return await self._run(Run("auto_start", due), selection, limit, wait=wait)
 
     async def recover(self, *, lookback: timedelta | None, limit: int) -> Run:
         """Converts what has been due within `lookback` (None: ever), parked appointments included,
         without waiting for their next attempt. Idempotent: it is the same conversion."""
         due = len(await self.foresee(lookback=lookback, limit=limit))
-        return await self._run(Run("recovery", due), limit, True, statement.CONVERT_RECOVERABLE, lookback)
+        selection = _Selection(
+            statement.SELECT_RECOVERABLE, statement.CONVERT_RECOVERABLE, lambda seen: [lookback, seen]
+        )
+        return await self._run(Run("recovery", due), selection, limit, wait=True)
+
+    async def activate_early(self, *, except_tenants: list[int]) -> Run:
+        """Converts the text appointments that are due within five minutes, of all tenants but these."""
+        selection = _Selection(statement.SELECT_EARLY, statement.CONVERT_EARLY, lambda seen: [except_tenants, seen])
+        return await self._run(Run("legacy"), selection, None, wait=True)
 
     async def foresee(self, *, lookback: timedelta | None, limit: int) -> list[Outcome]:
         """What `recover` would do at this moment. Writes nothing."""
@@ -128,11 +150,11 @@ class Converter:
             rows = await connection.fetch(statement.FORESEE, uuid4(), limit, lookback, [])
         return [_outcome(row) for row in rows]
 
-    async def _run(self, run: Run, limit: int | None, wait: bool, sql: str, lookback: timedelta | None) -> Run:
+    async def _run(self, run: Run, selection: _Selection, limit: int | None, *, wait: bool) -> Run:
         with span(_SPANS[run.task], root=True):
-            return await self._run_batches(run, limit, wait, sql, lookback)
+            return await self._run_batches(run, selection, limit, wait)
 
-    async def _run_batches(self, run: Run, limit: int | None, wait: bool, sql: str, lookback: timedelta | None) -> Run:
+    async def _run_batches(self, run: Run, selection: _Selection, limit: int | None, wait: bool) -> Run:
         started = time.perf_counter()
         seen: list[int] = []
         reporting = asyncio.create_task(asyncio.sleep(0))
@@ -141,9 +163,8 @@ class Converter:
                 size = self._batch_limit if limit is None else min(self._batch_limit, limit - run.attempted_count)
                 if size == 0:
                     break
-                parameters = [size, self._left_alone()] if run.task == "auto_start" else [size, lookback, seen]
                 began_ns = time.time_ns()
-                outcomes = await self._batch(run, sql, parameters, wait, started)
+                outcomes = await self._batch(run, selection, [size, *selection.arguments(seen)], wait, started)
                 seen += [outcome.appointment_id for outcome in outcomes]
                 if outcomes:
                     await reporting
@@ -158,18 +179,20 @@ class Converter:
                 await connection.execute(statement.FINISH_RUN, run.run_id, run.runtime_ms)
         return run
 
-    async def _batch(self, run: Run, sql: str, parameters: list[Any], wait: bool, started: float) -> list[Outcome]:
+    async def _batch(
+        self, run: Run, selection: _Selection, parameters: list[Any], wait: bool, started: float
+    ) -> list[Outcome]:
         lock = "pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"
         async with self._database.autocommit() as connection, connection.transaction():
             if await connection.fetchval(f"SELECT {lock}($1)", statement.LOCK_KEY) is False:
                 raise ConverterBusy
             try:
                 async with connection.transaction():
-                    rows = await connection.fetch(sql, run.run_id, *parameters)
+                    rows = await connection.fetch(selection.convert, run.run_id, *parameters)
             except asyncpg.PostgresError as error:
                 if is_transient(error) and not isinstance(error, asyncpg.LockNotAvailableError):
                     raise
-                rows = await self._one_by_one(connection, run, parameters)
+                rows = await self._one_by_one(connection, run, selection, parameters)
             outcomes = [_outcome(row) for row in rows]
             if outcomes:
                 batch = Run(run.task)
@@ -189,10 +212,11 @@ class Converter:
         run.add(outcomes)
         return outcomes
 
-    async def _one_by_one(self, connection: "asyncpg.Connection[Any]", run: Run, parameters: list[Any]) -> list[Any]:
+    async def _one_by_one(
+        self, connection: "asyncpg.Connection[Any]", run: Run, selection: _Selection, parameters: list[Any]
+    ) -> list[Any]:
         """Repeats a batch that the database refused, so that only the culprit fails."""
-        select = statement.SELECT_DUE if run.task == "auto_start" else statement.SELECT_RECOVERABLE
-        ids = await connection.fetch(statement.lockable(select), run.run_id, *parameters)
+        ids = await connection.fetch(statement.lockable(selection.select), run.run_id, *parameters)
         rows: list[Any] = []
         for record in ids:
             try:

@@ -43,6 +43,15 @@ SELECT_RECOVERABLE: Final = f"""
     LIMIT $2
 """
 
+# Only what is not due: the rest is for the worker's own conversion.
+SELECT_EARLY: Final = f"""
+    SELECT id FROM appointments
+    WHERE {DUE} AND modality = 'text' AND starts_at > clock() AND starts_at <= clock() + interval '5 minutes'
+      AND tenant_id <> ALL ($3::bigint[]) AND id <> ALL ($4::bigint[])
+    ORDER BY starts_at, id
+    LIMIT $2
+"""
+
 SELECT_ONE: Final = "SELECT $2::bigint AS id"
 
 _JUDGE: Final = f"""
@@ -103,11 +112,16 @@ _WRITE: Final = f"""
         SELECT j.id, j.tenant_id, j.patient_id, j.doctor_id, j.modality, j.carrier,
             j.conversion_attempts + 1 AS attempt, j.ends_at,
             c.id AS session_id, c.kind || '_session:' || c.id AS session_context,
-            CASE WHEN j.skip IS NOT NULL THEN 'skipped' WHEN c.id IS NULL THEN 'failed' ELSE 'created' END AS result,
-            j.skip,
-            CASE WHEN j.skip IS NULL AND c.id IS NULL THEN coalesce(j.cause, 'party_busy') END AS cause,
+            CASE WHEN left_alone.skip IS NOT NULL THEN 'skipped' WHEN c.id IS NULL THEN 'failed' ELSE 'created'
+                END AS result,
+            left_alone.skip,
+            CASE WHEN left_alone.skip IS NULL AND c.id IS NULL THEN coalesce(j.cause, 'party_busy') END AS cause,
             CASE WHEN c.id IS NOT NULL AND {_SAMPLED} THEN {_NEW_SPAN} END AS span_id
         FROM judged j LEFT JOIN created c ON c.appointment_id = j.id
+        CROSS JOIN LATERAL (
+            SELECT coalesce(j.skip, CASE WHEN c.id IS NULL AND j.starts_at > clock()
+                THEN '{SkipReason.NOT_DUE_YET}' END) AS skip
+        ) AS left_alone
     ),
     started AS (
         UPDATE appointments a
@@ -184,6 +198,10 @@ CONVERT_DUE: Final = _converting(SELECT_DUE)
 
 CONVERT_RECOVERABLE: Final = _converting(SELECT_RECOVERABLE)
 """$1 run id, $2 limit, $3 lookback or null for all, $4 ids already attempted in this run."""
+
+CONVERT_EARLY: Final = _converting(SELECT_EARLY)
+"""$1 run id, $2 limit, $3 ids of tenants to leave alone, $4 ids already attempted in this run. What cannot be
+converted yet is skipped, and none the worse for it when it is due."""
 
 CONVERT_ONE: Final = _converting(SELECT_ONE, lock="FOR UPDATE")
 """$1 run id, $2 appointment id, whose row the transaction holds already."""

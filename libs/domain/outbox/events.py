@@ -15,6 +15,7 @@ class EventName(StrEnum):
     SESSION_ENDING_SOON = "session_ending_soon"
     SESSION_ENDED = "session_ended"
     SESSION_CHARGED = "session_charged"
+    LEGACY_CHARGED = "legacy_charged"
     CHARGES_REFUNDED = "charges_refunded"
     PING = "ping"
     """An operator tries a webhook; nobody else hears of it."""
@@ -44,7 +45,7 @@ LANES: Final[dict[EventName, Lane]] = {
 }
 """Everything not named here travels in the normal lane."""
 
-UNTOLD: Final = frozenset({EventName.SESSION_CHARGED, EventName.CHARGES_REFUNDED})
+UNTOLD: Final = frozenset({EventName.SESSION_CHARGED, EventName.LEGACY_CHARGED, EventName.CHARGES_REFUNDED})
 """What happens is told to the parties; what it costs they ask for."""
 
 

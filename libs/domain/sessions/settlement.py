@@ -13,6 +13,7 @@ from typing import Any, Final
 from sqlalchemy import bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
+from libs.domain.billing.counting import count
 from libs.domain.billing.posting import CHARGE_SESSIONS, UNIT_SQL, elapsed_units
 from libs.domain.conversion.unblocking import unblock
 from libs.domain.jobs import DispatchOutbox
@@ -230,9 +231,7 @@ class Settlement:
         metrics.histogram("settlement_duration_seconds").observe(seconds)
         for row in rows:
             if row.added:
-                metrics.counter("billing_units_charged_total", row.modality).inc(row.added)
-                for payout in row.payouts:
-                    metrics.counter("billing_payout_minor_total", payout["currency"]).inc(payout["amount_minor"])
+                count(metrics, row.modality, row.added, row.payouts)
                 _billing_log.info(
                     "session_charged",
                     tenant_id=row.tenant_id,

@@ -19,7 +19,7 @@ from services.api.billing.schemas import (
     WalletOut,
 )
 from services.api.guards import Can, Tx, acting, guarded_router, runtime_of
-from services.api.schemas import refusals
+from services.api.schemas import creating, refusals
 
 sessions_router = guarded_router("/sessions", tag="billing", sessions_only=True)
 balance_router = guarded_router("/billing", tag="billing")
@@ -30,7 +30,7 @@ _CONTEXT = (Reason.SESSION_CONTEXT_INVALID, Reason.SESSION_NOT_FOUND)
 
 @sessions_router.post(
     "/{context}/deductions",
-    responses=refusals(*_CONTEXT, Reason.SESSION_NOT_ACTIVE, Reason.SESSION_NOT_CONNECTED),
+    responses=creating(*_CONTEXT, Reason.SESSION_NOT_ACTIVE, Reason.SESSION_NOT_CONNECTED),
 )
 async def deduct_interval(context: Can[DeductInterval], request: Request, tx: Tx) -> DeductedOut:
     """Charges the whole units that have run so far. The worker does so by itself: this only says what it comes to."""
@@ -63,7 +63,7 @@ async def get_balance(caller: Annotated[Principal, acting(Permission.SEE_BALANCE
 @operators_router.post(
     "/refunds",
     status_code=201,
-    responses=refusals(*_CONTEXT, Reason.APPOINTMENT_NOT_FOUND, Reason.NOTHING_TO_REFUND),
+    responses=creating(*_CONTEXT, Reason.APPOINTMENT_NOT_FOUND, Reason.NOTHING_TO_REFUND),
 )
 async def create_refund(
     caller: Annotated[Principal, acting(Permission.REFUND_CHARGES)], tx: Tx, wanted: RefundIn

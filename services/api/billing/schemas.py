@@ -4,7 +4,27 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from libs.domain.appointments.transitions import Status
+from libs.domain.billing.legacy import DeductionReason
 from services.api.schemas import Id, In, Out, SafeStr
+
+
+class DeductionIn(In):
+    """`sessions_to_deduct` never makes it charge more than has run."""
+
+    appointment_id: Id
+    sessions_to_deduct: Annotated[int, Field(strict=True, ge=1, le=1_000)]
+    reason: DeductionReason
+
+
+class BillOut(Out):
+    """What the appointment comes to: `units_charged` in all, `units_added` by this request."""
+
+    appointment_id: int
+    status: Status
+    units_charged: int
+    units_added: int
+    session_context: str | None
 
 
 class DeductedOut(Out):
