@@ -158,7 +158,10 @@ _CONVERSION: Final = (
     counter("appointment_session_conversion_attempted_total", "Conversions begun", Label("task", _TASKS)),
     counter("appointment_sessions_created_total", "Committed conversions", Label("modality", _MODALITIES)),
     counter("appointment_session_conversion_failed_total", "Failed conversions", Label("reason", tuple(FailureReason))),
-    counter("appointment_session_conversion_skipped_total", "Appointments that had changed once they were locked"),
+    counter(
+        "appointment_session_conversion_skipped_total",
+        "Appointments that had changed once they were locked, or that could not start before they were due",
+    ),
     counter("appointment_session_notification_failed_total", "Notification failed after successful conversion"),
     histogram("appointment_conversion_run_duration_seconds", "Conversion run duration", Label("task", _TASKS[:2])),
     gauge(

@@ -116,7 +116,9 @@ def validation_errors(faults: Iterable[Any]) -> Refused:
         where = fault["loc"][:-1] if unknown_field else fault["loc"]
         detail = "Has a field that is not known here." if unknown_field else _detail(fault)
         pointer = "".join(f"/{part}" for part in where[1:])
-        errors.append({"pointer": pointer, "in": where[0], "detail": detail})
+        error = {"pointer": pointer, "in": where[0], "detail": detail}
+        if error not in errors:  # what a guard reads as well as the route is judged twice
+            errors.append(error)
     return Refused(Reason.VALIDATION_FAILED, errors=errors)
 
 

@@ -98,6 +98,8 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
     for call in (answering, connecting):
         await clinic.fetch(RING, call.doctor.user_id, call.ref.id)
     await clinic.fetch(f"{ANSWER} WHERE id = $1", connecting.ref.id)
+    # Due, and for want of a worker without a session.
+    ended, paid, deducted = [await clinic.appointment(doctor, patient, starts_in=-MINUTE) for _ in range(3)]
     subscription = {
         "patient_id": patient.user_id,
         "plan": "basic",
@@ -156,6 +158,13 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
         "decline_call": (declining.patient, {"context": declining.context}, {}),
         "end_session": (ending.patient, {"context": ending.context}, {"reason": "all is said"}),
         "deduct_interval": (running.patient, {"context": running.context}, {}),
+        "end_session_by_appointment": (patient, {"appointment_id": str(ended)}, {}),
+        "process_payment": (patient, {"appointment_id": str(paid)}, {}),
+        "process_deduction": (
+            patient,
+            {},
+            {"appointment_id": deducted, "sessions_to_deduct": 1, "reason": "manual_end"},
+        ),
         "get_session_billing": (billed.patient, {"context": billed.context}, {}),
         "get_balance": (patient, {}, {}),
         "create_refund": (operator, {}, {"session_context": billed.context, "unit": 1, "reason": "it was cut off"}),

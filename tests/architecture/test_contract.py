@@ -71,7 +71,8 @@ FLAGS = {
 }
 EVENTS = (
     "appointment_confirmed appointment_cancelled appointment_expired reschedule_proposed reschedule_accepted"
-    " reschedule_rejected session_started session_ending_soon session_ended session_charged charges_refunded ping"
+    " reschedule_rejected session_started session_ending_soon session_ended session_charged"
+    " legacy_charged charges_refunded ping"
 )
 OPERATIONS_OF_SESSIONS = (
     "view_session complete_session deduct_interval view_billing ring answer connect decline"
@@ -81,6 +82,7 @@ MODULES = "telephony conversation scheduling catalog compliance billing reportin
 CHAT = (
     "send_message get_messages reply_to_message add_reaction remove_reaction start_typing stop_typing mark_as_read join"
 )
+COMMANDS = "process_appointment_sessions activate_booked_appointments"
 OPEN = None
 """A label whose values are not listed beforehand."""
 
@@ -135,6 +137,11 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "billing_units_charged_total": ("counter", {"modality": "text voice video"}),
     "billing_payout_minor_total": ("counter", {"currency": OPEN}),
     "settlement_duration_seconds": ("histogram", {}),
+    "legacy_trigger_executions_total": ("counter", {"command_name": COMMANDS}),
+    "legacy_trigger_appointments_processed_total": (
+        "counter",
+        {"command_name": COMMANDS, "has_session": "true false"},
+    ),
     "appointments_due_count": ("gauge", {}),
     "appointments_needs_attention": ("gauge", {}),
     "appointment_session_conversion_attempted_total": ("counter", {"task": "auto_start recovery legacy"}),
@@ -199,6 +206,10 @@ LOG_EVENTS = {
     "activity_not_written": "exception_type waiting",
     "session_state_changed": "session_id status",
     "session_charged": "session_id appointment_id units_added units_charged tenant_id",
+    "legacy_charged": "appointment_id status units_added units_charged tenant_id",
+    "legacy_triggers_disabled": "message command_name disabled_tenants tenants",
+    "legacy_trigger_run": "command_name processed skipped job_run_id disabled_tenants",
+    "legacy_trigger_failed": "exception_type",
     "charges_refunded": "session_id appointment_id units tenant_id",
     "appointment_auto_start_run": OF_A_RUN,
     "appointment_recovery_run": OF_A_RUN,
@@ -214,6 +225,7 @@ LOG_EVENTS = {
     "pulse_beat_failed": "exception_type",
     "settlement_failed": "exception_type",
     "gauges_failed": "exception_type",
+    "cron_failed": "exception_type task",
     "doorbell_lost": "exception_type",
     "flag_environment_shadowed": "flag tenant_id target environment",
     "flag_tripped": "flag tenant_id requests refused",
@@ -228,6 +240,7 @@ PHRASES = {
     "SessionContextGuard: Billing blocked",
     "SessionContextGuard: Chat operation allowed without session context",
     "SessionContextGuard: Billing allowed without session context",
+    "Legacy appointment triggers disabled",
 }
 
 SPANS = {
@@ -238,6 +251,8 @@ SPANS = {
     "appointments.auto_start",
     "appointments.recover",
     "appointments.convert",
+    "legacy.process_appointment_sessions",
+    "legacy.activate_booked_appointments",
     "{consumer}.deliver",
     "arq.job {job.name}",
 }
@@ -271,6 +286,9 @@ ROUTES = {
     "GET /api/v1/sessions/{context}/billing",
     "GET /api/v1/billing/balance",
     "POST /api/v1/admin/refunds",
+    "POST /api/appointments/{appointment_id}/end-session",
+    "POST /api/appointments/{appointment_id}/process-payment",
+    "POST /api/text-appointments/process-deduction",
     "GET /api/v1/chat/{context}/messages",
     "POST /api/v1/chat/{context}/messages",
     "POST /api/v1/chat/{context}/messages/{message_id}/replies",
@@ -311,6 +329,8 @@ BODIES = {
     " response_deadline activated_at connected_at ended_at end_reason units_charged remaining_seconds",
     "EndedOut": "session billing already_ended",
     "BillingOut": "units_charged units_added payouts",
+    "DeductionIn": "appointment_id sessions_to_deduct reason",
+    "BillOut": "appointment_id status units_charged units_added session_context",
     "DeductedOut": "units_charged units_added",
     "LedgerOut": "session_context units_charged units_refunded items",
     "LineOut": "id kind unit reverses created_at entries",
@@ -431,7 +451,7 @@ def test_log_events_keep_their_names_and_operators_their_phrases() -> None:
 def test_spans_keep_their_names() -> None:
     names = {ast.unparse(call.args[0]).removeprefix("f").strip("'") for call in calls("span", "record_span")}
     # The span of a run is looked up by the task.
-    looked_up = {"appointments.auto_start", "appointments.recover"}
+    looked_up = {"appointments.auto_start", "appointments.recover", "legacy.activate_booked_appointments"}
     assert names - {"_SPANS[run.task]"} | looked_up == SPANS
     assert looked_up <= strings()
     assert {consumer.value for consumer in Consumer} == {"notifications", "webhook"}

@@ -161,4 +161,11 @@ class Triggers:
 
     def _finish(self, run: TriggerRun) -> None:
         self._metrics.counter("legacy_trigger_executions_total", run.command.value).inc()
-        _log.info("legacy_trigger_run", **run.fields())
+        _log.info(
+            "legacy_trigger_run",
+            command_name=run.command.value,
+            processed=run.processed,
+            skipped=run.skipped,
+            job_run_id=str(run.job_run_id),
+            disabled_tenants=run.disabled_tenants,
+        )
