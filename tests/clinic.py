@@ -9,13 +9,14 @@ from libs.domain.conversion.report import Reporter
 from libs.domain.conversion.runs import Converter, Outcome, Run
 from libs.domain.db import Database
 from libs.domain.jobs import Job
+from libs.domain.legacy.triggers import Triggers
 from libs.domain.notifications import Notifications
 from libs.domain.outbox.dispatch import Dispatcher
 from libs.domain.outbox.events import Consumer, Lane
 from libs.domain.people import NewSubscription, create_tenant, create_user, subscribe
 from libs.domain.sessions.settlement import Settled, Settlement
 from libs.domain.transaction import transaction
-from libs.guardrails import Principal, Role, SessionKind, SessionRef
+from libs.guardrails import FixedFlags, Flags, FlagSource, Principal, Role, SessionKind, SessionRef
 from libs.observability.registry import Metrics
 
 MINUTE = timedelta(minutes=1)
@@ -213,6 +214,10 @@ class Clinic:
         outcomes: list[Outcome] = []
         await self.converter(outcomes).auto_start(wait=True)
         return {outcome.appointment_id: outcome for outcome in outcomes}
+
+    def triggers(self, flags: FlagSource | None = None) -> Triggers:
+        """The two legacy commands, for which all flags are off unless told otherwise."""
+        return Triggers(self.database, self.bell, flags or FixedFlags(Flags()), self.metrics, self.converter())
 
     async def settle(self) -> list[Settled]:
         """Settles the sessions that are due, as a worker's beat does."""
