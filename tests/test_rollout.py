@@ -11,6 +11,7 @@ import pytest
 from libs.domain.flags.overrides import CHANNEL
 from libs.guardrails import Flag
 from tests.api.calls import Owner
+from tests.api.legacy import WAYS
 from tests.cli.conftest import sessiongate
 from tests.clinic import Clinic, LiveSession
 from tests.conftest import MakeApi, Urls
@@ -42,6 +43,7 @@ class Fleet:
     worker: Worker
     begun: LiveSession
     early: int
+    clinic: Clinic
 
     async def is_at(self, on: set[Flag]) -> bool:
         """Whether every process acts, and reports, as if exactly these flags were on."""
@@ -59,17 +61,24 @@ class Fleet:
         return reported == on
 
     async def comes_to(self, on: set[Flag]) -> None:
+        """Waits until it is so; then billing and the legacy commands follow as well."""
         await until(lambda: self.is_at(on), EFFECT_SECONDS)
+        for api in self.apis:
+            billed = await WAYS["process-payment"][1](api, self.begun.patient, self.begun.appointment_id)
+            assert billed.status_code == (400 if BILLING in on else 200)
+            run = await self.clinic.triggers(api.runtime.flags).process_appointment_sessions()
+            assert run.disabled == (TRIGGERS in on)
 
 
 @pytest.fixture
 async def fleet(make_api: MakeApi, clinic: Clinic, urls: Urls, tmp_path: Path) -> AsyncIterator[Fleet]:
     apis = [await make_api(ALLOW_LEGACY_APPOINTMENT_CHAT=True) for _ in range(2)]
     begun = await clinic.session()
+    await clinic.begin(begun)
     early = await clinic.appointment(patient=begun.patient, starts_in=timedelta(hours=1))
     environment = {LENIENT.value: "true"}
     async with running_worker(urls.app, urls.redis, tmp_path / "worker.jsonl", **environment) as worker:
-        yield Fleet(apis, worker, begun, early)
+        yield Fleet(apis, worker, begun, early, clinic)
 
 
 @pytest.fixture

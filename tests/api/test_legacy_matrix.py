@@ -195,10 +195,10 @@ async def test_one_flag_alone_decides_whether_the_commands_do_anything(clinic: C
     for run in ran:
         command = run.command.value
         assert clinic.metrics.sample("legacy_trigger_executions_total", command_name=command) == (not disabled)
-        for has_session in ("true", "false"):
+        for label in ("true", "false"):
             counted = clinic.metrics.sample(
-                "legacy_trigger_appointments_processed_total", command_name=command, has_session=has_session
+                "legacy_trigger_appointments_processed_total", command_name=command, has_session=label
             )
-            assert counted == (has_session == "false" and not disabled)
+            assert counted == (label == "false" and not disabled)
     assert await clinic.fetchval("SELECT count(*) FROM sessions") == 1 + (not disabled)
     assert await clinic.fetchval("SELECT count(*) FROM ledger_transactions") == 0

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import pytest
 
 from tests.cli.conftest import sessiongate
-from tests.clinic import Clinic
+from tests.clinic import MINUTE, Clinic
 from tests.conftest import Urls
 
 EXECUTE = ("recover-sessions", "--execute", "--json")
@@ -172,3 +172,36 @@ def test_without_anything_running_there_is_one_sentence(tmp_path: Path) -> None:
         f"Sessiongate is not running (home {tmp_path}). Start it with `sessiongate up`,"
         " or set SESSIONGATE_DATABASE_URL and SESSIONGATE_REDIS_URL.\n"
     )
+
+
+async def test_legacy_commands_say_what_they_did(clinic: Clinic, run: Run, log: Path) -> None:
+    over = await clinic.appointment(starts_in=-40 * MINUTE)
+    soon = await clinic.appointment(starts_in=4 * MINUTE)
+    for command, appointment_id, status in (
+        ("process-appointment-sessions", over, "CANCELLED"),
+        ("activate-booked-appointments", soon, "IN_PROGRESS"),
+    ):
+        told = answer(run(command, "--json"))
+        (line,) = [each for each in logged(log, "legacy_trigger_run") if each["command_name"] == told["command_name"]]
+        assert told["command_name"] == command.replace("-", "_")
+        assert (told["processed"], told["skipped"], told["disabled"]) == (1, 0, False)
+        assert line["job_run_id"] == told["job_run_id"]
+        assert await clinic.fetchval("SELECT status FROM appointments WHERE id = $1", appointment_id) == status
+        shown = run(command)
+        assert shown.returncode == 0
+        assert "processed" in shown.stdout
+
+
+async def test_legacy_commands_that_are_disabled_do_nothing_and_say_so(clinic: Clinic, run: Run, log: Path) -> None:
+    await clinic.appointment(starts_in=-40 * MINUTE)
+    await clinic.appointment(starts_in=4 * MINUTE)
+    off = {"DISABLE_LEGACY_APPOINTMENT_TRIGGERS": "true"}
+    for command in ("process-appointment-sessions", "activate-booked-appointments"):
+        assert answer(run(command, "--json", **off))["disabled"] is True
+        assert run(command, **off).stdout == "Legacy appointment triggers disabled.\n"
+    await clinic.fetch("INSERT INTO flag_overrides (flag, target) VALUES ($1, '{\"default\": true}')", *off)
+    assert answer(run("process-appointment-sessions", "--json"))["disabled"] is True
+    told = {line["message"] for line in logged(log, "legacy_triggers_disabled")}
+    assert told == {"Legacy appointment triggers disabled"}
+    assert logged(log, "legacy_trigger_run") == []
+    assert {row["status"] for row in await clinic.fetch("SELECT status FROM appointments")} == {"CONFIRMED"}
