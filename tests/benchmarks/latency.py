@@ -48,7 +48,8 @@ async def _measure(servers: Servers, name: str, log: Path) -> tuple[float, float
     async def all_there() -> bool:
         return bool(await connection.fetchval("SELECT count(*) = $1 FROM sessions", APPOINTMENTS))
 
-    async with running_worker(url_of(servers, name, LOGIN), servers.redis_url, log):
+    nothing_early = {"DISABLE_LEGACY_APPOINTMENT_TRIGGERS": "true"}
+    async with running_worker(url_of(servers, name, LOGIN), servers.redis_url, log, **nothing_early):
         await until(all_there, LEAD.total_seconds() + PATIENCE_SECONDS)
         visible = (datetime.now(UTC) - due).total_seconds()
         p50, p99 = await connection.fetchval(_LATE, 0.5), await connection.fetchval(_LATE, 0.99)

@@ -134,6 +134,7 @@ POLICIES: Final = mutants_of(
     {
         *("LIVE", "_PARTIES", "SendMessage", "GetMessages", "ReplyToMessage", "AddReaction", "RemoveReaction"),
         *("StartTyping", "StopTyping", "MarkAsRead", "Join", "ViewSession", "CompleteSession"),
+        *("EndSession", "ProcessPayment", "ProcessDeduction"),
     },
     policies_dropped,
 )

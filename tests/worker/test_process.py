@@ -47,6 +47,31 @@ async def test_an_appointment_becomes_a_session_and_both_are_told(clinic: Clinic
     assert await worker.sample("outbox_dispatch_attempts_total", event_name="session_started") == 1
 
 
+async def test_the_legacy_commands_are_run_by_the_clock(clinic: Clinic, urls: Urls, tmp_path: Path) -> None:
+    await clinic.appointment(starts_in=timedelta(minutes=4))
+    settings = (urls.app, urls.redis, tmp_path / "worker.jsonl")
+    commands = ("process_appointment_sessions", "activate_booked_appointments")
+    async with running_worker(*settings, DISABLE_LEGACY_APPOINTMENT_TRIGGERS="true") as worker:
+
+        async def said() -> bool:
+            lines = worker.lines("legacy_triggers_disabled")
+            return [line["message"] for line in lines] == ["Legacy appointment triggers disabled"] * 2
+
+        await until(said)
+        for command in commands:
+            assert await worker.sample("legacy_trigger_executions_total", command_name=command) == 0
+    assert await sessions(clinic) == 0
+    await clinic.fetch("DELETE FROM cron_runs")  # or the next worker waits for the next minute
+    async with running_worker(*settings) as worker:
+        await until(lambda: sessions(clinic))
+
+        async def counted() -> bool:
+            name = "legacy_trigger_executions_total"
+            return all([await worker.sample(name, command_name=command) for command in commands])
+
+        await until(counted)
+
+
 async def test_without_redis_conversion_goes_on(clinic: Clinic, urls: Urls, tmp_path: Path) -> None:
     async with running_worker(urls.app, NOWHERE, tmp_path / "worker.jsonl") as worker:
         await clinic.appointment(starts_in=timedelta(milliseconds=300))
