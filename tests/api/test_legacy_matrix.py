@@ -47,7 +47,8 @@ SESSIONS = [
 
 @dataclass
 class Place:
-    """An appointment to bill in one way; with a session in some state, or none that could be `billable` itself."""
+    """An appointment to bill in one way, with a session in some state (status, overdue, begun) or without any; then
+    `billable` tells whether it may be billed itself."""
 
     way: str
     patient: Principal
