@@ -146,11 +146,9 @@ async def test_a_call_that_nobody_took_is_a_story_too(clinic: Clinic, clock: Clo
     assert told(run, "explain", story[-2]["session_context"]) == story
 
 
-async def test_what_was_charged_and_paid_is_part_of_the_story(
-    clinic: Clinic, clock: Clock, owner: Owner, run: Run
-) -> None:
+async def test_what_was_charged_and_paid_is_part_of_the_story(api: Api, clinic: Clinic, clock: Clock, run: Run) -> None:
     live = await clinic.session("voice", starts_in=timedelta())
-    await owner.execute("UPDATE sessions SET rung_by = $1, rung_at = clock()", live.doctor.user_id)
+    found(await api.as_(live.doctor).post(f"/sessions/{live.context}/ring"))
     await clinic.begin(live, allowance=2)
     subscription_id = await clinic.fetchval("SELECT id FROM subscriptions")
     for minutes in (10, 9, 1):

@@ -23,7 +23,7 @@ _log: Final = logger("sessions")
 
 _RING: Final = text(
     """
-    UPDATE sessions SET rung_by = :user_id, response_deadline = clock() + :ring_timeout
+    UPDATE sessions SET rung_by = :user_id, rung_at = clock(), response_deadline = clock() + :ring_timeout
     WHERE id = :id AND status = 'connecting' AND rung_by IS NULL RETURNING id
     """
 )
