@@ -157,7 +157,7 @@ class Life(RuleBasedStateMachine):
         self.model.convert()
         if self.model.session and self.context is None:
             find = "SELECT kind || '_session:' || id FROM sessions WHERE appointment_id = $1"
-            self.context = self.world.run(clinic.fetchval(find, self.appointment_id))
+            self.context = self.world.run(self.world.owner.fetchval(find, self.appointment_id))
 
     @rule(breaks=BREAKS)
     def tick(self, breaks: bool) -> None:
@@ -254,7 +254,8 @@ class Life(RuleBasedStateMachine):
     def is_as_the_model_says(self) -> None:
         if not hasattr(self, "model"):
             return
-        row = self.world.run(self.world.clinic.fetchrow(_STATE, self.appointment_id))
+        row = self.world.run(self.world.owner.fetchrow(_STATE, self.appointment_id))
+        assert row is not None
         model = self.model
         expected = (model.appointment, model.session, len(model.charges), model.left, model.paid, len(model.legacy))
         assert tuple(row) == expected

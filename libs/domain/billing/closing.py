@@ -52,7 +52,7 @@ def closing(billed: str) -> TextClause:
             FROM billed b LEFT JOIN charged ON charged.id = b.id
         ),
         closed AS (
-            UPDATE appointments a SET status = o.next, updated_at = clock()
+            UPDATE appointments a SET status = o.next, closed_at = clock(), updated_at = clock()
             FROM outcome o WHERE a.id = o.id AND a.status <> o.next
         ),
         event AS (

@@ -50,7 +50,9 @@ _BILL: Final = closing(
         SELECT a.id, a.tenant_id, a.patient_id, a.doctor_id, a.modality, a.starts_at AS begun_at,
             {CHARGED} AS charged, {elapsed_units("a.starts_at", "least(clock(), a.ends_at)")} AS elapsed,
             true AS pays, '{Status.COMPLETED}' AS next
-        FROM appointments a WHERE a.id = :id
+        FROM appointments a
+        WHERE a.id = :id AND (a.closed_at IS NOT NULL AND a.status = '{Status.COMPLETED}'
+            OR a.status = '{Status.CONFIRMED}' AND a.starts_at <= clock())
     ) AS judged
     """
 )
@@ -61,7 +63,7 @@ _BY_SESSION: Final = text(
 
 class LegacyBilling:
     """The three ways. Each raises `Refused(INVALID_TRANSITION)` for an appointment without a session that is neither
-    confirmed and due nor completed."""
+    confirmed and due, nor was completed by one of them."""
 
     def __init__(self, settlement: Settlement, metrics: Metrics) -> None:
         self._settlement = settlement
@@ -90,10 +92,12 @@ class LegacyBilling:
         if session is not None:
             ending = Ending("end", context.caller.user_id, f"ended_by_{context.caller.role}") if ends else None
             return await self._settle(tx, appointment, session, ending)
-        _require_billable(appointment)
         parameters = {"id": appointment.id, "asked": asked, "extra": int(ends)}
         closed = await close(tx, self._metrics, _BILL, parameters)
-        assert closed is not None
+        if closed is None:
+            early = " before it begins" if appointment.status == Status.CONFIRMED else ""
+            detail = f"The appointment is {appointment.status} and cannot become {Status.COMPLETED}{early}."
+            raise Refused(Reason.INVALID_TRANSITION, detail)
         return Bill(appointment.id, closed.status, closed.units_charged, closed.units_added, None)
 
     async def _settle(
@@ -103,12 +107,3 @@ class LegacyBilling:
         row = (await tx.execute(_BY_SESSION, {"id": session.id})).one()
         added = settled.units_added if settled else 0
         return Bill(appointment.id, Status(row.status), row.units_charged, added, str(session.ref))
-
-
-def _require_billable(appointment: AppointmentFacts) -> None:
-    confirmed = appointment.status == Status.CONFIRMED
-    if appointment.status == Status.COMPLETED or (confirmed and appointment.due_in <= 0):
-        return
-    early = " before it begins" if confirmed else ""
-    detail = f"The appointment is {appointment.status} and cannot become {Status.COMPLETED}{early}."
-    raise Refused(Reason.INVALID_TRANSITION, detail)
