@@ -3,7 +3,6 @@ between: it is charged what the model says, and every invariant holds after ever
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
@@ -21,9 +20,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sqlalchemy.exc import DBAPIError
 
 from libs.domain.appointments.expiry import expire_pending
+from libs.domain.db import is_transient
 from libs.domain.invariants import violations
 from libs.domain.transaction import transaction
 from libs.guardrails import Principal
@@ -112,14 +111,16 @@ class Life(RuleBasedStateMachine):
         """Does it until it is done; the first time, if it `breaks`, connections are cut meanwhile."""
         for _ in range(5):
             cutting = asyncio.create_task(self.cut()) if breaks else None
-            with suppress(DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            try:
                 done = await do()
-                if done is not None:
-                    if cutting:
-                        await cutting
-                    return done
+            except Exception as error:
+                if not is_transient(error):
+                    raise
+                done = None
             if cutting:
                 await cutting
+            if done is not None:
+                return done
             breaks = False
         raise AssertionError("It was never done.")
 
