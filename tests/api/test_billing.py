@@ -141,13 +141,14 @@ async def test_a_session_that_never_began_costs_nothing(api: Api, clinic: Clinic
     assert await wallets_of(api, live.doctor) == []
 
 
+@pytest.mark.parametrize("modality", UNITS)
 @pytest.mark.parametrize("meanwhile", ["nobody looks", "the worker ticks"])
 async def test_a_spent_allowance_ends_the_session_without_a_unit_more(
-    api: Api, clinic: Clinic, clock: Clock, meanwhile: str
+    api: Api, clinic: Clinic, clock: Clock, modality: str, meanwhile: str
 ) -> None:
-    patient = await clinic.patient(units=2)
-    live = await clinic.session(patient=patient, lasts=2 * MINUTE)
-    await begin(api, live, "text")
+    patient, _ = await clinic.patient(units=2), await clinic.patient()
+    live = await clinic.session(modality, patient=patient, lasts=2 * MINUTE)
+    await begin(api, live, modality)
     for _ in range(20):
         shown = found(await api.as_(patient).get(f"/sessions/{live.context}"))
         assert shown["status"] == "active"
@@ -160,7 +161,7 @@ async def test_a_spent_allowance_ends_the_session_without_a_unit_more(
     ended = await end(api, live)
     assert ended["already_ended"] is True
     assert (ended["session"]["end_reason"], ended["billing"]["units_charged"]) == ("allowance_spent", 2)
-    assert (await units_of(api, patient))["text"] == 0
+    assert (await units_of(api, patient))[modality] == 0
     message = {"client_message_id": "late", "body": "One more thing"}
     problem(await api.as_(patient).post(f"/chat/{live.context}/messages", json=message), 409, "SESSION_NOT_ACTIVE")
     appointment = found(await api.as_(patient).get(f"/appointments/{live.appointment_id}"))

@@ -18,7 +18,8 @@ _REMAINING: Final = """
 
 
 def allowance(patient: str, modality: str) -> str:
-    """The SQL of how many units the patient has left now; both arguments are SQL expressions."""
+    """The SQL of how many units the patient has left now; both arguments are SQL expressions, whose columns must
+    name their table."""
     return f"""(
         SELECT coalesce(sum({_REMAINING.format(modality=modality)}), 0)::int FROM subscriptions s
         WHERE s.patient_id = {patient} AND s.starts_at <= clock() AND clock() < s.ends_at

@@ -39,7 +39,7 @@ _CONNECT: Final = text(
     SET connected_at = clock(), allowance_units = allowance.units, expires_at = clock() + allowance.units * {UNIT_SQL},
         tick_at = clock(), idle_at = clock() + :inactivity
     FROM (
-        SELECT {allowance("patient_id", "modality")} AS units FROM sessions WHERE id = :id
+        SELECT {allowance("call.patient_id", "call.modality")} AS units FROM sessions AS call WHERE call.id = :id
     ) AS allowance
     WHERE s.id = :id
     """
