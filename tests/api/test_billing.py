@@ -152,7 +152,7 @@ async def test_a_spent_allowance_ends_the_session_without_a_unit_more(
     for _ in range(20):
         shown = found(await api.as_(patient).get(f"/sessions/{live.context}"))
         assert shown["status"] == "active"
-        await stay(api, live)
+        await stay(api, live, modality)
         await clock.advance(MINUTE)
         await MEANWHILE[meanwhile](api, clinic, live)
     assert 0 < shown["remaining_seconds"] <= 60

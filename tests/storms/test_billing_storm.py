@@ -164,7 +164,7 @@ class Storm:
                     self.failures += 1
                 else:
                     self.answers[answer.status_code] += 1
-                    if answer.status_code in (200, 404, 409):
+                    if answer.status_code in (200, 409):
                         return
                 await asyncio.sleep(random.uniform(0, 0.2))
 
