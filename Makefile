@@ -48,7 +48,8 @@ load: $(VENV)/.dev ## A minute of mixed load on an `up` of its own, beside its b
 	$(BIN)/python -m tests.load $(ARGS)
 
 storm: $(VENV)/.dev ## The long tests: kills and lost connections under load, guards removed, long conversations
-	$(BIN)/pytest tests/storms tests/mutation tests/api/test_conversation_model.py --storm=full -rP
+	$(BIN)/pytest tests/storms tests/mutation tests/api/test_conversation_model.py tests/api/test_consultation_model.py \
+		--storm=full -rP
 
 lock: $(VENV)/.dev ## Bring the locks up to date with requirements/*.in
 	cd requirements && for lock in run dev; do \
