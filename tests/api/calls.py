@@ -167,7 +167,7 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
         ),
         "get_session_billing": (billed.patient, {"context": billed.context}, {}),
         "get_balance": (patient, {}, {}),
-        "create_refund": (operator, {}, {"session_context": billed.context, "unit": 1, "reason": "it was cut off"}),
+        "create_refund": (operator, {}, {"context": billed.context, "unit": 1, "reason": "it was cut off"}),
         "send_message": (chatting.patient, {"context": chatting.context}, message),
         "get_messages": (chatting.patient, {"context": chatting.context}, {}),
         "reply_to_message": (chatting.patient, on(stored[0]), reply),

@@ -280,7 +280,7 @@ async def test_a_refund_is_a_transaction_of_its_own(api: Api, clinic: Clinic, cl
     await talk(api, clock, live, minutes=25)
     await end(api, live)
     operator = api.as_(clinic.operator)
-    wanted = {"session_context": live.context, "unit": 2, "reason": "the line was bad"}
+    wanted = {"context": live.context, "unit": 2, "reason": "the line was bad"}
 
     refunded = found(await operator.post("/admin/refunds", json=wanted), 201)
 
@@ -293,7 +293,7 @@ async def test_a_refund_is_a_transaction_of_its_own(api: Api, clinic: Clinic, cl
     assert [(entry["account"], -entry["amount"]) for entry in line["entries"]] == amounts
     problem(await operator.post("/admin/refunds", json=wanted), 409, "NOTHING_TO_REFUND")
     # The rest, all at once and by several: each unit is taken back once.
-    rest = {"session_context": live.context}
+    rest = {"context": live.context}
     answers = await asyncio.gather(*(operator.post("/admin/refunds", json=rest) for _ in range(10)))
     assert Counter(answer.status_code for answer in answers) == {201: 1, 409: 9}
     assert (await units_of(api, patient))["text"] == 5
@@ -313,7 +313,7 @@ async def test_units_that_come_back_let_a_waiting_appointment_try_again(api: Api
     await end(api, live)
     waiting = await clinic.appointment(patient=patient)
     assert (await clinic.convert())[waiting].result == "failed"
-    refund = {"session_context": live.context}
+    refund = {"context": live.context}
     found(await api.as_(clinic.operator).post("/admin/refunds", json=refund), 201)
     assert (await clinic.convert())[waiting].result == "created"
 
@@ -413,7 +413,7 @@ async def test_one_idempotency_key_refunds_once(api: Api, clinic: Clinic) -> Non
     live = await clinic.session()
     await begin(api, live, "text")
     await end(api, live)
-    wanted = {"session_context": live.context}
+    wanted = {"context": live.context}
     first, again = [
         await api.as_(clinic.operator).post("/admin/refunds", json=wanted, headers={"Idempotency-Key": "r-1"})
         for _ in range(2)

@@ -246,7 +246,7 @@ class Life(RuleBasedStateMachine):
     def refund(self, by_appointment: bool, unit: int | None, breaks: bool) -> None:
         if not by_appointment and self.context is None:
             return
-        subject = {"appointment_id": self.appointment_id} if by_appointment else {"session_context": self.context}
+        subject = {"context": str(self.appointment_id) if by_appointment else self.context}
         expected = self.model.refund(by_appointment=by_appointment, unit=unit)
         answer = self.post("operator", "/admin/refunds", subject | ({"unit": unit} if unit else {}), breaks=breaks)
         self.check(answer, expected, lambda body: body["units_refunded"], broke=breaks)

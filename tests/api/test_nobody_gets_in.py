@@ -120,11 +120,7 @@ def not_found(names: dict[str, Any]) -> str:
     """What tells somebody without a right that there is nothing, by what the request names."""
     if names.keys() & {"user_id", "webhook_id", "delivery_id"}:
         return "NOT_FOUND"
-    return (
-        "SESSION_NOT_FOUND"
-        if ":" in names.get("context", names.get("session_context", ""))
-        else "APPOINTMENT_NOT_FOUND"
-    )
+    return "SESSION_NOT_FOUND" if ":" in names.get("context", "") else "APPOINTMENT_NOT_FOUND"
 
 
 async def bystanders(clinic: Clinic) -> dict[str, Principal]:
@@ -174,7 +170,7 @@ async def every_call(api: Api, clinic: Clinic) -> list[Call]:
     calls = await calls_of(api, clinic)
     sessions = await clinic.fetch("SELECT id, appointment_id FROM sessions")
     appointments = {f"text_session:{session['id']}": str(session["appointment_id"]) for session in sessions}
-    chat = [call for call in calls if "/chat/" in call.template or "context" in call.body]
+    chat = [call for call in calls if "/chat/" in call.template or "/socket-tickets" in call.template]
     return [by_appointment(call, appointments[named(call)["context"]]) for call in chat] + calls
 
 

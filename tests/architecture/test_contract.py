@@ -350,7 +350,7 @@ BODIES = {
     "BalanceOut": "units wallets",
     "UnitsOut": "text voice video",
     "WalletOut": "currency balance_minor",
-    "RefundIn": "session_context appointment_id unit reason",
+    "RefundIn": "context unit reason",
     "RefundOut": "units_refunded items",
     "MessageOut": "id seq client_message_id sender kind body media_url reply_to reactions sent_at",
     "HistoryOut": "items has_more last_seq",

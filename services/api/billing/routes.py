@@ -6,7 +6,7 @@ from fastapi import Request
 
 from libs.domain.billing import ledger
 from libs.domain.sessions import sessions
-from libs.guardrails import AppointmentRef, Permission, Principal, Reason, Refused, Role, SessionRef, parse_context
+from libs.guardrails import Permission, Principal, Reason, Role, parse_context
 from libs.guardrails.operations import DeductInterval, ViewBilling
 from services.api.billing.schemas import (
     BalanceOut,
@@ -69,13 +69,6 @@ async def create_refund(
     caller: Annotated[Principal, acting(Permission.REFUND_CHARGES)], tx: Tx, wanted: RefundIn
 ) -> RefundOut:
     """Takes back what was charged: the patient has the units again, and the doctor no longer the payout."""
-    subject: SessionRef | AppointmentRef
-    if wanted.appointment_id is not None:
-        subject = AppointmentRef(wanted.appointment_id)
-    else:
-        assert wanted.session_context is not None
-        subject = parse_context(wanted.session_context)
-        if isinstance(subject, AppointmentRef):
-            raise Refused(Reason.SESSION_CONTEXT_INVALID)
+    subject = parse_context(wanted.context)
     lines = await ledger.refund(tx, caller.tenant_id, caller, subject, unit=wanted.unit, reason=wanted.reason)
     return RefundOut(units_refunded=len(lines), items=[LineOut.model_validate(line) for line in lines])

@@ -1,8 +1,7 @@
 from datetime import datetime
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from libs.domain.appointments.transitions import Status
 from libs.domain.billing.legacy import DeductionReason
@@ -83,18 +82,12 @@ class BalanceOut(Out):
 
 
 class RefundIn(In):
-    """What was charged for a session, or the legacy way for an appointment; without `unit`, all of it."""
+    """`context` is a session's, or the id of an appointment that was billed the legacy way; without `unit`, all that
+    was charged for it is taken back."""
 
-    session_context: SafeStr | None = None
-    appointment_id: Id | None = None
+    context: SafeStr
     unit: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] | None = None
     reason: Annotated[SafeStr, Field(max_length=500)] | None = None
-
-    @model_validator(mode="after")
-    def _names_one(self) -> Self:
-        if (self.session_context is None) == (self.appointment_id is None):
-            raise PydanticCustomError("subject", "Must name either session_context or appointment_id.")
-        return self
 
 
 class RefundOut(Out):
