@@ -141,7 +141,7 @@ def activate_booked_appointments(as_json: AsJson = False) -> None:
 
 def _trigger(command: Callable[[Triggers], Awaitable[TriggerRun]], as_json: bool) -> None:
     async def run() -> TriggerRun:
-        settings = _settings()
+        settings = home.logging_settings()
         async with telemetry(settings, "sessiongate-cli") as metrics, opened(settings) as database:
             flags = LiveFlags(flags_of(home.flag_settings()), database=database, metrics=metrics)
             await flags.reload()
@@ -177,19 +177,11 @@ def _parse_lookback(text: str) -> timedelta | None:
     return timedelta(days=number) if match[2] == "d" else timedelta(hours=number)
 
 
-def _settings() -> Settings:
-    """The log of a command goes to a file, as that of the services does: stdout is for the answer."""
-    settings = home.settings(Settings)
-    if settings.log_file is None:
-        settings = settings.model_copy(update={"log_file": home.Home.locate().log("cli.jsonl")})
-    return settings
-
-
 @asynccontextmanager
 async def _converting(as_json: bool) -> AsyncIterator[tuple[Converter, list[Outcome], Reporter]]:
     """A converter for this process, the list that its outcomes are added to, and who reports them. The outcomes
     are counted by a worker, from the rows of its run."""
-    settings = _settings()
+    settings = home.logging_settings()
     outcomes: list[Outcome] = []
     reporter = Reporter(None)
     async with telemetry(settings, "sessiongate-cli"), opened(settings) as database:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from libs.domain.billing import ledger
 from libs.domain.billing.ledger import Line
+from libs.domain.runtime import telemetry
 from libs.domain.settings import Settings
 from libs.domain.transaction import transaction
 from libs.guardrails import AppointmentRef, Reason, Refused, SessionRef, parse_context
@@ -45,7 +46,7 @@ def refund(
         subject = parse_context(ref)
     except Refused:
         raise CommandError(f"{ref!r} is neither a session such as text_session:7 nor an appointment's id.") from None
-    lines = asyncio.run(_refund(home.settings(Settings), subject, unit, reason))
+    lines = asyncio.run(_refund(home.logging_settings(), subject, unit, reason))
     if as_json:
         items = [asdict(line) | {"created_at": line.created_at.isoformat()} for line in lines]
         typer.echo(json.dumps({"units_refunded": len(lines), "items": items}))
@@ -68,7 +69,7 @@ def refund(
 async def _refund(
     settings: Settings, subject: SessionRef | AppointmentRef, unit: int | None, reason: str | None
 ) -> list[Line]:
-    async with opened(settings) as database:
+    async with telemetry(settings, "sessiongate-cli"), opened(settings) as database:
         async with database.autocommit() as connection:
             if isinstance(subject, SessionRef):
                 tenant_id = await connection.fetchval(_TENANT_OF_SESSION, subject.id, subject.kind.value)

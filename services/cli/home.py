@@ -22,7 +22,7 @@ import psutil
 from dotenv import dotenv_values
 from pydantic_settings import BaseSettings
 
-from libs.domain.settings import DatabaseSettings, FlagSettings, load, sources, variable
+from libs.domain.settings import DatabaseSettings, FlagSettings, Settings, load, sources, variable
 from services.cli.errors import CommandError
 
 CLOCK_SLACK_SECONDS: Final = 2.0
@@ -196,6 +196,12 @@ def settings(kind: type[S]) -> S:
         if "SESSIONGATE_JWT_JWKS" not in given:
             found["jwt_secret"] = home.secret()
     return load(kind, **{name: value for name, value in found.items() if variable(kind, name) not in given})
+
+
+def logging_settings() -> Settings:
+    """Those of a command that logs what it does: to a file, as the services do, since stdout is for the answer."""
+    found = settings(Settings)
+    return found if found.log_file else found.model_copy(update={"log_file": Home.locate().log("cli.jsonl")})
 
 
 def flag_settings() -> FlagSettings:
