@@ -63,7 +63,7 @@ class Talk(RuleBasedStateMachine):
         clinic, run = self.world.clinic, self.world.run
         self.model = Conversation()
         self.people = {
-            "patient": run(clinic.patient()),
+            "patient": run(clinic.patient(units=100_000)),
             "doctor": run(clinic.doctor()),
             "operator": clinic.operator,
             "stranger": self.world.stranger,
@@ -232,7 +232,7 @@ async def world(make_api: MakeApi, clinic: Clinic, clock: Clock) -> World:
         text_inactivity_seconds=FOR_EVER,
         log_level="ERROR",
     )
-    return World(api, clinic, clock, await clinic.patient(units=100_000), asyncio.get_running_loop())
+    return World(api, clinic, clock, await clinic.patient(), asyncio.get_running_loop())
 
 
 @pytest.mark.timeout(1800)
