@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import asyncpg
 
+from libs.domain.appointments.transitions import HOLDS_SLOT
 from libs.domain.db import Database
 from libs.domain.tables import BEGUN_AT, LIVE
 
@@ -118,6 +119,16 @@ INVARIANTS: Final = (
             ) AS again
             FROM busy_intervals WHERE active AND NOT isempty(during)
         ) AS booked WHERE again
+        """,
+    ),
+    Invariant(
+        "appointment_holds_its_slot",
+        "Every appointment that is asked for, agreed or going on takes its doctor's time.",
+        "appointment",
+        f"""
+        SELECT id FROM appointments a
+        WHERE status IN ({", ".join(f"'{status}'" for status in sorted(HOLDS_SLOT))}) AND ends_at > starts_at
+            AND NOT EXISTS (SELECT FROM busy_intervals WHERE appointment_id = a.id AND active)
         """,
     ),
     Invariant(
@@ -245,11 +256,12 @@ INVARIANTS: Final = (
     ),
     Invariant(
         "legacy_bill_has_no_session",
-        "No appointment is billed by a legacy path that also has a session.",
+        "No appointment is billed by a legacy path that has a session or can still get one.",
         "appointment",
         """
-        SELECT DISTINCT t.appointment_id AS id FROM ledger_transactions t
-        JOIN sessions s ON s.appointment_id = t.appointment_id WHERE t.kind = 'legacy'
+        SELECT DISTINCT a.id FROM ledger_transactions t JOIN appointments a ON a.id = t.appointment_id
+        WHERE t.kind = 'legacy' AND (a.status NOT IN ('COMPLETED', 'NO_SHOW')
+            OR EXISTS (SELECT FROM sessions s WHERE s.appointment_id = a.id))
         """,
     ),
     Invariant(
@@ -263,7 +275,8 @@ INVARIANTS: Final = (
         LEFT JOIN subscriptions u ON u.id = e.subscription_id
         WHERE {_UNIT} GROUP BY t.id
         HAVING sum(e.amount) IS DISTINCT FROM -1 OR count(e.id) <> 1
-            OR bool_or(u.patient_id <> coalesce(s.patient_id, a.patient_id))
+            OR bool_or(u.patient_id <> coalesce(s.patient_id, a.patient_id)
+                OR e.commodity <> coalesce(s.modality, a.modality))
         """,
     ),
     Invariant(

@@ -1,7 +1,6 @@
 """The audit that the worker makes by itself, now and then."""
 
 import asyncio
-import random
 import time
 from typing import Final
 
@@ -12,18 +11,19 @@ from libs.observability.registry import Metrics
 
 _log: Final = logger("audit")
 
-JITTER: Final = 0.2
-"""The share by which a pause is longer or shorter, so that workers that start together do not stay together."""
-
 REST: Final = 9.0
 """A pause is at least so many times as long as what comes before it, however short the interval."""
 
 _LOCK: Final = "SELECT pg_try_advisory_xact_lock($1)"
 
+# Each interval is a slot of the database's clock, and whoever writes its row audits in it.
+_SLOT: Final = "date_bin(make_interval(secs => $1), clock(), 'epoch')"
+_CLAIM: Final = f"INSERT INTO cron_runs (name, slot) VALUES ('audit', {_SLOT}) ON CONFLICT DO NOTHING RETURNING true"
+_NEXT_SLOT: Final = f"SELECT extract(epoch FROM {_SLOT} + make_interval(secs => $1) - clock())::float8"
+
 
 class Auditor:
-    """Audits about every `interval` seconds, unless another worker is at it; no statement may take longer than
-    `patience` seconds."""
+    """Audits every `interval` seconds, once among all workers; no statement may take longer than `patience` seconds."""
 
     def __init__(self, database: Database, metrics: Metrics, *, interval: float, patience: float) -> None:
         self._database = database
@@ -32,17 +32,31 @@ class Auditor:
         self._patience = patience
 
     async def run(self) -> None:
-        """Audits until cancelled, first after a part of the interval: workers that restart do not begin with it."""
-        pause = self._interval * random.random()  # noqa: S311 not for secrecy
+        """Audits until cancelled, first in the next slot: workers that restart do not begin with it."""
         while True:
-            await asyncio.sleep(pause)
             began = time.monotonic()
+            pause = self._interval
             try:
-                await self.audit()
+                async with self._database.autocommit() as connection:
+                    pause = await connection.fetchval(_NEXT_SLOT, self._interval)
+                await asyncio.sleep(pause)
+                began = time.monotonic()
+                await self.slot()
             except Exception as error:
                 _log.error("audit_failed", exc_info=error, exception_type=type(error).__name__)
-            pause = max(self._interval, REST * (time.monotonic() - began))
-            pause *= random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 not for secrecy
+                await asyncio.sleep(pause)
+            await asyncio.sleep(REST * (time.monotonic() - began))
+
+    async def slot(self) -> None:
+        """Audits if no other worker does in this slot. Whoever does not has nothing to say of violations any more:
+        what one worker found would otherwise be told after another has seen it mended."""
+        async with self._database.autocommit() as connection:
+            claimed = await connection.fetchval(_CLAIM, self._interval)
+        if claimed:
+            await self.audit()
+        else:
+            for invariant in invariants.INVARIANTS:
+                self._metrics.gauge("audit_violations", invariant.name).set(0)
 
     async def audit(self) -> bool:
         """Whether it was this one who did it."""

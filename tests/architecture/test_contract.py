@@ -84,11 +84,11 @@ CHAT = (
 )
 INVARIANTS = (
     "one_session_per_appointment appointment_in_progress_has_session live_session_has_appointment_in_progress"
-    " patient_in_one_live_session doctor_in_one_live_session doctor_not_double_booked messages_numbered"
-    " ended_session_has_last_number no_message_after_the_end ledger_sums_to_zero subscription_balances wallet_balances"
-    " consumed_balances charged_session_has_begun units_counted units_within_allowance units_numbered"
-    " no_unit_charged_twice legacy_bill_has_no_session unit_taken_once unit_paid_once refund_reverses_one_charge"
-    " delivery_ends_once"
+    " patient_in_one_live_session doctor_in_one_live_session doctor_not_double_booked appointment_holds_its_slot"
+    " messages_numbered ended_session_has_last_number no_message_after_the_end ledger_sums_to_zero"
+    " subscription_balances wallet_balances consumed_balances charged_session_has_begun units_counted"
+    " units_within_allowance units_numbered no_unit_charged_twice legacy_bill_has_no_session unit_taken_once"
+    " unit_paid_once refund_reverses_one_charge delivery_ends_once"
 )
 COMMANDS = "process_appointment_sessions activate_booked_appointments"
 OPEN = None

@@ -105,7 +105,11 @@ BREAKS: Final = [
     ),
     (
         "appointment_in_progress_has_session",
-        "UPDATE appointments SET status = 'IN_PROGRESS' WHERE status = 'COMPLETED' AND session_id IS NOT NULL",
+        """
+        UPDATE appointments SET status = 'IN_PROGRESS' WHERE status = 'COMPLETED' AND session_id IS NOT NULL;
+        UPDATE busy_intervals SET active = true WHERE appointment_id IN (
+            SELECT id FROM appointments WHERE status = 'IN_PROGRESS')
+        """,
     ),
     (
         "appointment_in_progress_has_session",
@@ -139,6 +143,11 @@ BREAKS: Final = [
         INSERT INTO busy_intervals (tenant_id, doctor_id, appointment_id, during)
         SELECT tenant_id, doctor_id, (SELECT max(id) FROM appointments), during FROM busy_intervals WHERE active LIMIT 1
         """,
+    ),
+    (
+        "appointment_holds_its_slot",
+        "UPDATE busy_intervals SET active = false WHERE appointment_id = (SELECT max(id) FROM appointments"
+        " WHERE status IN ('PENDING', 'CONFIRMED', 'IN_PROGRESS'))",
     ),
     ("messages_numbered", f"UPDATE conversations SET last_seq = last_seq + 1 WHERE session_id = {LIVE}"),
     (
@@ -189,6 +198,10 @@ BREAKS: Final = [
     ("units_numbered", "UPDATE ledger_transactions SET unit = 2 WHERE kind = 'legacy'"),
     ("no_unit_charged_twice", "UPDATE ledger_transactions SET unit = 1 WHERE kind = 'charge' AND unit = 2"),
     ("legacy_bill_has_no_session", f"{ENDED_AGAIN} WHERE id = {BILLED}"),
+    (
+        "legacy_bill_has_no_session",
+        f"UPDATE appointments SET status = 'CANCELLED' WHERE id = {BILLED}",
+    ),
     (
         "unit_taken_once",
         "UPDATE subscriptions SET patient_id = (SELECT max(patient_id) FROM subscriptions)",
@@ -266,7 +279,7 @@ def test_each_is_broken_by_some_test() -> None:
 async def test_of_many_violations_all_are_counted_and_the_first_are_named(
     clinic: Clinic, owner: "asyncpg.Connection[Any]"
 ) -> None:
-    appointments = [await clinic.appointment(status="COMPLETED") for _ in range(12)]
+    appointments = [await clinic.appointment() for _ in range(12)]
     await owner.execute("ALTER TABLE appointments DROP CONSTRAINT appointments_in_progress_has_session_check")
     await owner.execute(BY_HAND + "UPDATE appointments SET status = 'IN_PROGRESS'")
     (finding,) = (await audit(owner)).violated

@@ -1,24 +1,30 @@
 """The worker audits by itself, and says what it found."""
 
 import asyncio
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import asyncpg
 import pytest
 
+from libs.domain.catalogue import CATALOGUE
 from libs.domain.db import Database
 from libs.domain.invariants import INVARIANTS, LOCK_KEY
+from libs.observability.registry import Metrics
 from libs.observability.testing import capture_logs
 from services.worker.audit import Auditor
 from tests.clinic import Clinic
+from tests.clock import Clock
 from tests.conftest import Urls
 from tests.processes import running_worker, until
+
+TIMES: Final = {"interval": 300.0, "patience": 60.0}
 
 
 @pytest.fixture
 def auditor(clinic: Clinic) -> Auditor:
-    return Auditor(clinic.database, clinic.metrics, interval=300, patience=60)
+    return Auditor(clinic.database, clinic.metrics, **TIMES)
 
 
 async def test_violations_are_counted_and_logged_until_they_are_mended(
@@ -55,6 +61,25 @@ async def test_only_one_worker_audits_at_a_time(
         assert not await auditor.audit()
     assert clinic.metrics.sample("audit_last_run_timestamp_seconds") == 0
     assert await auditor.audit()
+
+
+async def test_one_worker_audits_in_each_slot_and_the_others_say_nothing(
+    clinic: Clinic, owner: "asyncpg.Connection[Any]", clock: Clock, auditor: Auditor
+) -> None:
+    await clinic.session()
+    await owner.execute("UPDATE conversations SET last_seq = 7")
+    other = Auditor(clinic.database, metrics := Metrics(CATALOGUE, version="test", service="other"), **TIMES)
+    await auditor.slot()
+    await other.slot()
+    assert found(clinic) == {"messages_numbered": 1}
+    assert metrics.sample("audit_last_run_timestamp_seconds") == 0
+
+    await owner.execute("UPDATE conversations SET last_seq = 0")
+    await clock.advance(timedelta(minutes=5))
+    await other.slot()
+    await auditor.slot()
+    assert metrics.sample("audit_last_run_timestamp_seconds") > 0
+    assert found(clinic) == {}
 
 
 async def test_it_goes_on_after_an_audit_that_fails(clinic: Clinic, urls: Urls) -> None:

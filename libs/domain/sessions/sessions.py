@@ -87,7 +87,7 @@ async def end(
     """
     facts = context.session
     assert facts is not None
-    ending = Ending("end", context.caller.user_id, reason or f"ended_by_{context.caller.role}")
+    ending = Ending("end", context.caller.user_id, f"ended_by_{context.caller.role}", reason)
     settled = await settlement.one(tx, facts.id, ending)
     return await get(tx, facts.id), None if facts.overdue else settled
 

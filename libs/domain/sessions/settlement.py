@@ -64,7 +64,7 @@ _DUE: Final = text(
 )
 
 # :ids sessions, whose rows an earlier statement has locked, so that this one sees their last message;
-# :verb what somebody asks for: null, 'end' or 'decline'.
+# :verb what somebody asks for: null, 'end' or 'decline'; :words why, in a person's words, which stay in the session.
 SETTLE: Final = text(
     f"""
     WITH judged AS MATERIALIZED (
@@ -114,7 +114,7 @@ SETTLE: Final = text(
             ended_at = CASE WHEN o.because IS NOT NULL THEN clock() END,
             ended_seq = CASE WHEN o.because IS NOT NULL THEN o.last_seq END,
             ended_by = CASE WHEN o.because IS NOT NULL AND NOT o.over THEN CAST(:ended_by AS bigint) END,
-            end_reason = o.because,
+            end_reason = CASE WHEN o.over THEN o.because ELSE coalesce(CAST(:words AS text), o.because) END,
             warned_at = CASE WHEN o.warns THEN clock() ELSE s.warned_at END,
             tick_at = CASE WHEN o.next = 'active' THEN least(
                 s.expires_at, {FORSAKEN_AT}, o.begun_at + (o.units + 1) * {UNIT_SQL},
@@ -178,11 +178,13 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What somebody asks for: to `end` a session, or to `decline` a call."""
+    """What somebody asks for: to `end` a session, or to `decline` a call. `reason` is ours to tell; `words` are the
+    person's own, which only the session's parties see."""
 
     verb: str
     by: int
     reason: str
+    words: str | None = None
 
 
 class Settlement:
@@ -209,6 +211,7 @@ class Settlement:
                 "ids": ids,
                 "verb": ending and ending.verb,
                 "reason": ending and ending.reason,
+                "words": ending and ending.words,
                 "ended_by": ending and ending.by,
                 "carrier": carrier() if ending else {},
             }
