@@ -67,9 +67,13 @@ class Database:
                 server_settings={"application_name": name, "timezone": "UTC", **_PLANNING},
                 **options,
             )
-            chosen = timeouts if patience is None else _patient(patience)
-            if chosen:
-                await connection.execute(_CONFIGURE, list(chosen), list(chosen.values()))
+            try:
+                chosen = timeouts if patience is None else _patient(patience)
+                if chosen:
+                    await connection.execute(_CONFIGURE, list(chosen), list(chosen.values()))
+            except BaseException:
+                connection.terminate()  # or nobody ever closes it
+                raise
             return connection
 
         self.max_connections: Final = 2 * pool_size
@@ -92,6 +96,7 @@ class Database:
             reset=_nothing,
             min_size=0,
             max_size=pool_size,
+            max_queries=1_000_000_000,
             max_inactive_connection_lifetime=0,
         )
 

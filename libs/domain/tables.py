@@ -133,6 +133,7 @@ subscriptions = Table(
         "text_sessions_remaining >= 0 AND voice_calls_remaining >= 0 AND video_calls_remaining >= 0",
         name="remaining",
     ),
+    UniqueConstraint("tenant_id", "id"),
     # Consumed first in, first out.
     Index(None, "patient_id", "starts_at", "id"),
 )
@@ -421,7 +422,7 @@ ledger_transactions = Table(
     CheckConstraint("session_id IS NOT NULL OR appointment_id IS NOT NULL", name="subject"),
     Index(None, "session_id", "unit"),
     Index(None, "appointment_id", "unit"),
-    Index(None, "tenant_id", "id"),
+    UniqueConstraint("tenant_id", "id"),
 )
 
 ledger_entries = Table(
@@ -429,14 +430,16 @@ ledger_entries = Table(
     metadata,
     _id(),
     _tenant(),
-    Column("transaction_id", BigInteger, ForeignKey("ledger_transactions.id"), nullable=False),
+    Column("transaction_id", BigInteger, nullable=False),
     # An account is a kind with its owner, and has a balance per commodity: units of a modality, or a currency in
     # its minor unit. The clinic's own two have no stored balance, for which all its settlements would queue.
     Column("account", Text, nullable=False),
-    Column("subscription_id", BigInteger, ForeignKey("subscriptions.id")),
+    Column("subscription_id", BigInteger),
     Column("doctor_id", BigInteger),
     Column("commodity", Text, nullable=False),
     Column("amount", BigInteger, nullable=False),
+    _within_tenant("transaction_id", "ledger_transactions"),
+    _within_tenant("subscription_id", "subscriptions"),
     _person("doctor_id"),
     CheckConstraint("account IN ('subscription', 'consumed', 'wallet', 'payable')", name="account"),
     CheckConstraint("(account = 'subscription') = (subscription_id IS NOT NULL)", name="subscription"),

@@ -7,7 +7,6 @@ moment, at most a second.
 
 import asyncio
 import time
-from contextlib import suppress
 from typing import Final
 
 from libs.domain.appointments.expiry import expire_pending
@@ -117,9 +116,11 @@ class Pulse:
             async with self._runtime.begin() as tx:
                 due = await due_sessions(tx)
             for session_id in due:
-                with suppress(Exception):
+                try:
                     async with self._runtime.begin() as tx:
-                        await self._runtime.settlement.one(tx, session_id)
+                        await self._runtime.settlement.free(tx, session_id)
+                except Exception as error:
+                    self._failed(error, session_id)
         try:
             async with self._runtime.begin() as tx:
                 await expire_pending(tx)
@@ -128,8 +129,8 @@ class Pulse:
             well = False
         return well
 
-    def _failed(self, error: Exception) -> None:
-        _log.error("settlement_failed", exc_info=error, exception_type=type(error).__name__)
+    def _failed(self, error: Exception, session_id: int | None = None) -> None:
+        _log.error("settlement_failed", exc_info=error, exception_type=type(error).__name__, session_id=session_id)
 
     async def _convert(self) -> Run | None:
         """The run, or None when another process converts."""

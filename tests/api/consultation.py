@@ -177,7 +177,7 @@ class Consultation:
     def end(self) -> Answer:
         already = self.over or self.session not in LIVE
         added = self._finish("end") if self.session in LIVE else 0
-        return 200, (already, len(self.charges), 0 if already else added)
+        return 200, (already, len(self.charges), added)
 
     def bill(self, how: str, asked: int = 1) -> Answer:
         """A legacy call: `end`, `pay`, or a deduction for the reason `interval`, `manual_end` or `no_activity`."""

@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 
 from libs.guardrails import Principal
+from libs.observability.testing import capture_logs
 from tests.api.expect import found, problem
 from tests.clinic import MINUTE, Clinic, LiveSession
 from tests.clock import Clock
@@ -420,3 +421,67 @@ async def test_one_idempotency_key_refunds_once(api: Api, clinic: Clinic) -> Non
     ]
     assert found(first, 201) == found(again, 201)
     assert again.headers["idempotent-replayed"] == "true"
+
+
+_POST: Final = """
+    WITH t AS (
+        INSERT INTO public.ledger_transactions (tenant_id, idempotency_key, kind, session_id, unit)
+        SELECT tenant_id, 'forged', 'charge', id, 9 FROM public.sessions WHERE status = $1 RETURNING tenant_id, id
+    )
+    INSERT INTO public.ledger_entries (tenant_id, transaction_id, account, doctor_id, commodity, amount)
+    SELECT t.tenant_id, t.id, 'wallet', (SELECT min(id) FROM users WHERE role = 'doctor'), 'MWK', 777 FROM t
+"""
+
+
+@pytest.mark.parametrize(
+    ("prepare", "status"),
+    [
+        # The checks look at the tables, whatever a connection calls by their names.
+        (
+            "CREATE TEMP TABLE sessions (id bigint, tenant_id bigint, kind text, status text, activated_at timestamptz,"
+            " connected_at timestamptz); CREATE TEMP TABLE ledger_entries (LIKE public.ledger_entries)",
+            "waiting",
+        ),
+        # A check that waits for the end of the transaction cannot be had while all is still well.
+        ("SET CONSTRAINTS ALL IMMEDIATE", "ended"),
+    ],
+)
+async def test_no_trick_of_a_connection_makes_money(api: Api, clinic: Clinic, prepare: str, status: str) -> None:
+    live = await clinic.session()
+    await clinic.session()
+    await begin(api, live, "text")
+    await end(api, live)
+    before = await clinic.fetchval("SELECT sum(balance) FROM wallets")
+    async with clinic.database.alone("forger") as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute(prepare)
+
+        async def forge() -> None:
+            await connection.execute(_POST, status)
+            await transaction.commit()
+
+        with pytest.raises(asyncpg.PostgresError):
+            await forge()
+    assert await clinic.fetchval("SELECT sum(balance) FROM wallets") == before
+
+
+async def test_nobody_works_for_nothing_because_a_rate_is_missing(
+    api: Api, clinic: Clinic, clock: Clock, owner: "asyncpg.Connection[Any]"
+) -> None:
+    live = await clinic.session(doctor=await clinic.doctor(country="KE"))
+    await begin(api, live, "text")
+    await owner.execute("DELETE FROM payout_rates WHERE country = '*'")
+    assert (await api.as_(live.patient).post(f"/sessions/{live.context}/end")).status_code == 500
+    await owner.execute("INSERT INTO payout_rates VALUES ('*', 'USD', 300)")
+    assert (await end(api, live))["billing"]["payouts"] == [{"amount_minor": 300, "currency": "USD"}]
+
+
+async def test_why_somebody_ended_it_stays_between_the_parties(api: Api, clinic: Clinic) -> None:
+    live = await clinic.session()
+    with capture_logs() as logs:
+        ended = found(await api.as_(live.patient).post(f"/sessions/{live.context}/end", json={"reason": "I am ill"}))
+        assert "I am ill" not in str(logs.lines())
+    assert ended["session"]["end_reason"] == "I am ill"
+    told = await clinic.fetchval("SELECT payload ->> 'end_reason' FROM outbox_events WHERE name = 'session_ended'")
+    assert told == "ended_by_patient"

@@ -61,6 +61,17 @@ async def test_the_services_own_nothing_and_administer_nothing(owner: "asyncpg.C
     assert await owner.fetchval("SELECT count(*) FROM pg_auth_members WHERE member = $1", role["oid"]) == 0
 
 
+async def test_the_services_may_call_nothing_that_runs_with_the_rights_of_the_owner(
+    owner: "asyncpg.Connection[Any]",
+) -> None:
+    ours = await owner.fetch(
+        "SELECT proname, has_function_privilege($1, oid, 'EXECUTE') AS callable FROM pg_proc"
+        " WHERE prosecdef AND pronamespace = 'public'::regnamespace",
+        LOGIN,
+    )
+    assert {row["proname"]: row["callable"] for row in ours} == {"ledger_entries_apply": False}
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -158,6 +158,8 @@ async def refund(
     owner = (await tx.execute(lock, parameters)).one_or_none()
     if owner is None:
         raise Refused(missing)
+    # The patient will have units again. Appointments are locked before subscriptions, as by whoever bills them.
+    await unblock(tx, [owner.patient_id])
     refunded = [_line(row) for row in await tx.execute(post, {"id": subject.id, "unit": unit})]
     if not refunded:
         raise Refused(Reason.NOTHING_TO_REFUND)
@@ -188,8 +190,6 @@ async def refund(
             "units_refunded": len(refunded),
         },
     )
-    # The patient has units again.
-    await unblock(tx, [owner.patient_id])
     tx.after_commit(
         lambda: _log.info(
             "charges_refunded",

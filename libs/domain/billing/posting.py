@@ -51,10 +51,11 @@ def _posting(kind: str, *, key: str, session: str, appointment: str, pays: str) 
         CROSS JOIN LATERAL generate_series(1, b.wanted - b.charged) AS n
         JOIN shelf ON shelf.billed_id = b.id AND n > shelf.before AND n <= shelf.before + shelf.remaining
         JOIN users doctor ON doctor.id = b.doctor_id
-        CROSS JOIN LATERAL (
+        -- Without any rate the entry has no amount, which the table refuses: nobody works for nothing unnoticed.
+        LEFT JOIN LATERAL (
             SELECT currency, amount_minor FROM payout_rates WHERE country IN (doctor.country, '*')
             ORDER BY country = '*' LIMIT 1
-        ) AS rate
+        ) AS rate ON true
     ),
     posted AS (
         INSERT INTO ledger_transactions (tenant_id, idempotency_key, kind, session_id, appointment_id, unit)

@@ -29,7 +29,9 @@ _RING: Final = text(
 )
 _ANSWER: Final = text(
     """
-    UPDATE sessions SET status = 'active', activated_at = clock(), tick_at = clock(), idle_at = clock() + :inactivity
+    UPDATE sessions SET status = 'active', activated_at = clock(), tick_at = clock(), idle_at = clock() + :inactivity,
+        -- Answered at the last moment, there is still time to connect.
+        expires_at = greatest(expires_at, clock() + :inactivity)
     WHERE id = :id AND rung_by <> :user_id RETURNING id
     """
 )

@@ -28,6 +28,7 @@ _PROSPECTS: Final = text(
     f"""
     SELECT {allowance("CAST(:patient_id AS bigint)", ":modality")} AS units, EXISTS (
         SELECT FROM appointments WHERE {DUE} AND doctor_id = :doctor_id AND starts_at <= clock() + :spoken_for
+            AND ends_at > clock()
     ) AS spoken_for
     """
 )

@@ -6,7 +6,7 @@ from typing import TypeVar
 from libs.domain.sessions import facts
 from libs.domain.sessions.settlement import Settlement
 from libs.domain.transaction import Transaction
-from libs.guardrails import Claim, Guard, Operation, SessionContext, SessionStatus
+from libs.guardrails import Claim, Guard, Operation, SessionContext, SessionFacts, SessionStatus
 
 Op = TypeVar("Op", bound=Operation)
 
@@ -24,7 +24,12 @@ class Door:
         """
         operation = claim.operation
         known = await facts.load(tx, claim.subject, claim.caller.tenant_id, lock=not operation.reads)
-        ended = False
-        if known.session and known.session.overdue and SessionStatus.EXPIRED not in operation.passes:
-            ended = await self.settlement.one(tx, known.session.id) is not None
+        session, ended = known.session, False
+        if session and session.overdue and _is_refused(operation, session):
+            ended = await self.settlement.one(tx, session.id) is not None
         return self.guard.open(claim, known, keep=ended)
+
+
+def _is_refused(operation: type[Operation], overdue: SessionFacts) -> bool:
+    """Whether the operation is refused because the session is over, or was over before its units began."""
+    return SessionStatus.EXPIRED not in operation.passes or (operation.charges and not overdue.begun)

@@ -75,10 +75,14 @@ async def load(tx: Transaction, subject: SessionRef | AppointmentRef, tenant_id:
     parameters = {"id": subject.id, "tenant_id": tenant_id}
     row = (await tx.execute(_APPOINTMENT, parameters)).one_or_none()
     if row is not None and row.session_id is None and lock:
+        step = await (await tx.connection()).begin_nested()
         row = (await tx.execute(_LOCKED_APPOINTMENT, parameters)).one()
         if row.session_id is not None:
-            # This waited for a conversion, whose session only a new statement sees.
+            # This waited for a conversion, whose session only a new statement sees. Let go of the appointment first.
+            await step.rollback()
             row = (await tx.execute(_APPOINTMENT, parameters)).one()
+        else:
+            await step.commit()
     if row is None:
         return Facts(caller_active=True)
     session = None

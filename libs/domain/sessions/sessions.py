@@ -78,9 +78,9 @@ async def listed(
 
 async def end(
     tx: Transaction, settlement: Settlement, context: SessionContext[CompleteSession], reason: str | None
-) -> tuple[Session, Settled | None]:
-    """Ends the session, whose row the context holds locked; answers it and what that charged, or None if it was
-    over before.
+) -> tuple[Session, Settled | None, bool]:
+    """Ends the session, whose row the context holds locked; answers it, what that charged (None if nothing was left
+    to settle), and whether it was over before.
 
     The appointment is completed and both parties become free in the same transaction. `ended_seq` is
     read under the lock, so no message can get a number after it.
@@ -89,7 +89,7 @@ async def end(
     assert facts is not None
     ending = Ending("end", context.caller.user_id, f"ended_by_{context.caller.role}", reason)
     settled = await settlement.one(tx, facts.id, ending)
-    return await get(tx, facts.id), None if facts.overdue else settled
+    return await get(tx, facts.id), settled, facts.overdue or settled is None
 
 
 async def charge(

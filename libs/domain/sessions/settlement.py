@@ -36,17 +36,16 @@ SETTLED_AT_ONCE: Final = 500
 _WARNING: Final = "interval '1 minute'"
 
 # A conversion may hold an appointment whose session is over: that one can wait for the next beat.
+_DUE: Final = f"""
+    (SELECT id FROM sessions s WHERE {UNANSWERED} ORDER BY least(s.response_deadline, s.expires_at) LIMIT :limit)
+    UNION ALL
+    (SELECT id FROM sessions WHERE status = 'active' AND tick_at <= clock() ORDER BY tick_at LIMIT :limit)
+"""
+_SELECT_DUE: Final = text(_DUE)
 _LOCK_DUE: Final = text(
     f"""
     WITH candidate AS MATERIALIZED (
-        SELECT id, appointment_id FROM sessions WHERE id IN (
-            SELECT id FROM (
-                (SELECT id FROM sessions s WHERE {UNANSWERED}
-                 ORDER BY least(s.response_deadline, s.expires_at) LIMIT :limit)
-                UNION ALL
-                (SELECT id FROM sessions WHERE status = 'active' AND tick_at <= clock() ORDER BY tick_at LIMIT :limit)
-            ) AS due
-        )
+        SELECT id, appointment_id FROM sessions WHERE id IN (SELECT id FROM ({_DUE}) AS due)
         ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
     ),
     free AS MATERIALIZED (
@@ -56,12 +55,7 @@ _LOCK_DUE: Final = text(
     """
 )
 LOCK_ONE: Final = text("SELECT id FROM sessions WHERE id = :id FOR NO KEY UPDATE")
-_DUE: Final = text(
-    f"""
-    SELECT id FROM sessions s WHERE {UNANSWERED}
-    UNION ALL SELECT id FROM sessions WHERE status = 'active' AND tick_at <= clock() LIMIT :limit
-    """
-)
+_LOCK_FREE: Final = text("SELECT id FROM sessions WHERE id = :id FOR NO KEY UPDATE SKIP LOCKED")
 
 # :ids sessions, whose rows an earlier statement has locked, so that this one sees their last message;
 # :verb what somebody asks for: null, 'end' or 'decline'; :words why, in a person's words, which stay in the session.
@@ -117,7 +111,10 @@ SETTLE: Final = text(
             end_reason = CASE WHEN o.over THEN o.because ELSE coalesce(CAST(:words AS text), o.because) END,
             warned_at = CASE WHEN o.warns THEN clock() ELSE s.warned_at END,
             tick_at = CASE WHEN o.next = 'active' THEN least(
-                s.expires_at, {FORSAKEN_AT}, o.begun_at + (o.units + 1) * {UNIT_SQL},
+                s.expires_at, {FORSAKEN_AT},
+                -- A unit that would be full only after the session went idle never will be.
+                CASE WHEN s.idle_at IS NULL OR o.begun_at + (o.units + 1) * {UNIT_SQL} <= s.idle_at
+                    THEN o.begun_at + (o.units + 1) * {UNIT_SQL} END,
                 CASE WHEN o.begun_at IS NOT NULL AND NOT o.warns AND s.warned_at IS NULL
                     THEN s.expires_at - {_WARNING} END
             ) END
@@ -204,6 +201,11 @@ class Settlement:
         settled = await self._settle(tx, [session_id], ending)
         return settled[0] if settled else None
 
+    async def free(self, tx: Transaction, session_id: int) -> None:
+        """Settles this session as of now, unless somebody holds it."""
+        if (await tx.execute(_LOCK_FREE, {"id": session_id})).one_or_none():
+            await self._settle(tx, [session_id])
+
     async def _settle(self, tx: Transaction, ids: list[int], ending: Ending | None = None) -> list[Settled]:
         began = time.perf_counter()
         with span("billing.settle"):
@@ -259,7 +261,7 @@ class Settlement:
 
 async def due_sessions(tx: Transaction) -> list[int]:
     """The ids of the sessions that are due, held by somebody or not."""
-    return list((await tx.execute(_DUE, {"limit": SETTLED_AT_ONCE})).scalars())
+    return list((await tx.execute(_SELECT_DUE, {"limit": SETTLED_AT_ONCE})).scalars())
 
 
 def _settled(row: Any) -> Settled:

@@ -33,7 +33,7 @@ _CONTEXT = (Reason.SESSION_CONTEXT_INVALID, Reason.SESSION_NOT_FOUND)
     responses=creating(*_CONTEXT, Reason.SESSION_NOT_ACTIVE, Reason.SESSION_NOT_CONNECTED),
 )
 async def deduct_interval(context: Can[DeductInterval], request: Request, tx: Tx) -> DeductedOut:
-    """Charges the whole units that have run so far. The worker does so by itself: this only says what it comes to."""
+    """Charges the whole units that have run so far, as the worker does by itself once each is full."""
     session, settled = await sessions.charge(tx, runtime_of(request).settlement, context)
     return DeductedOut(units_charged=session.units_charged, units_added=settled.units_added if settled else 0)
 

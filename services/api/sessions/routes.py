@@ -77,7 +77,7 @@ async def end_session(
     """Ends the session for both parties; repeating it changes nothing and says so."""
     reason = body.reason if body else None
     with span("session.end"):
-        session, settled = await sessions.end(tx, runtime_of(request).settlement, context, reason)
+        session, settled, already_ended = await sessions.end(tx, runtime_of(request).settlement, context, reason)
     return EndedOut(
         session=SessionOut.model_validate(session),
         billing=BillingOut(
@@ -85,5 +85,5 @@ async def end_session(
             units_added=settled.units_added if settled else 0,
             payouts=[PayoutOut.model_validate(payout) for payout in settled.payouts] if settled else [],
         ),
-        already_ended=settled is None,
+        already_ended=already_ended,
     )
