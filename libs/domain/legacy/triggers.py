@@ -44,7 +44,7 @@ _PROCESS: Final = closing(
     SELECT *, greatest(charged, CASE next WHEN '{Status.CANCELLED}' THEN 0 ELSE 1 END) AS wanted
     FROM (
         SELECT a.id, a.tenant_id, a.patient_id, a.doctor_id, a.modality, a.starts_at AS begun_at,
-            {CHARGED} AS charged, a.patient_present_at IS NOT NULL AS pays,
+            {CHARGED} AS charged, a.patient_present_at IS NOT NULL AS pays, true AS ends,
             CASE WHEN a.doctor_present_at IS NULL THEN '{Status.CANCELLED}'
                 WHEN a.patient_present_at IS NULL THEN '{Status.NO_SHOW}'
                 ELSE '{Status.COMPLETED}' END AS next
