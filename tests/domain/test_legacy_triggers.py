@@ -1,6 +1,7 @@
 """The two legacy commands: what they close, what they start early, and what they leave alone."""
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -145,6 +146,47 @@ async def test_what_cannot_start_early_starts_all_the_same_when_it_is_due(clinic
         blocked: "created",
         unpaid: "created",
     }
+
+
+@pytest.mark.parametrize("shared", ["doctor", "patient"])
+@pytest.mark.parametrize("earlier", [-MINUTE, 3 * MINUTE])
+async def test_nobody_is_taken_away_from_an_appointment_that_comes_first(
+    clinic: Clinic, clock: Clock, shared: str, earlier: timedelta
+) -> None:
+    party = await (clinic.doctor() if shared == "doctor" else clinic.patient())
+    first = await clinic.appointment(**{shared: party}, modality="voice", starts_in=earlier, lasts=5 * MINUTE)
+    later = await clinic.appointment(**{shared: party}, **SOON)
+    other = await clinic.appointment(**SOON)
+
+    assert (await clinic.triggers().activate_booked_appointments()).processed == 1
+
+    assert [await status_of(clinic, each) for each in (first, later, other)] == [
+        *("CONFIRMED", "CONFIRMED", "IN_PROGRESS"),
+    ]
+    await clock.advance(3 * MINUTE)
+    assert (await clinic.convert())[first].result == "created"
+
+
+@pytest.mark.parametrize(
+    ("first", "parked"),
+    [
+        ({"starts_in": -40 * MINUTE}, False),
+        ({"starts_in": MINUTE, "status": "CANCELLED"}, False),
+        ({"starts_in": MINUTE}, True),
+    ],
+)
+async def test_what_is_over_or_never_starts_holds_nobody_up(
+    clinic: Clinic, first: dict[str, Any], parked: bool
+) -> None:
+    doctor = await clinic.doctor()
+    before = await clinic.appointment(doctor, lasts=2 * MINUTE, **first)
+    if parked:
+        await clinic.fetch("UPDATE appointments SET parked_at = clock() WHERE id = $1", before)
+    later = await clinic.appointment(doctor, **SOON)
+
+    await clinic.triggers().activate_booked_appointments()
+
+    assert await status_of(clinic, later) == "IN_PROGRESS"
 
 
 async def test_more_than_a_batch_is_gone_through_once(clinic: Clinic) -> None:
