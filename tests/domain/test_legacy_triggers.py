@@ -1,13 +1,16 @@
 """The two legacy commands: what they close, what they start early, and what they leave alone."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from libs.domain.conversion.runs import Run
 from libs.domain.jobs import DispatchOutbox
-from libs.guardrails import Flag, Flags, Override, Rollout, Target
+from libs.domain.legacy.triggers import TriggerRun, Triggers
+from libs.guardrails import FixedFlags, Flag, Flags, Override, Rollout, Target
 from libs.observability.testing import capture_logs
 from tests.api.calls import Owner
 from tests.api.legacy import PAID, UNPAID, ledger_of
@@ -95,9 +98,43 @@ async def test_what_the_database_refuses_holds_up_nothing_else(clinic: Clinic, o
     )
     with capture_logs() as logs:
         run = await clinic.triggers().process_appointment_sessions()
-        assert [line["exception_type"] for line in logs.lines("legacy_trigger_failed")] == ["IntegrityError"]
+        failures = [(line["appointment_id"], line["exception_type"]) for line in logs.lines("legacy_trigger_failed")]
+        assert failures == [(poison, "IntegrityError")]
     assert (run.processed, run.skipped) == (1, 1)
     assert [await status_of(clinic, each) for each in (poison, sound)] == ["CONFIRMED", "CANCELLED"]
+
+
+@pytest.mark.parametrize(
+    ("command", "appointment"),
+    [(Triggers.process_appointment_sessions, OVER), (Triggers.activate_booked_appointments, SOON)],
+)
+async def test_a_run_that_breaks_off_tells_what_it_has_done(
+    clinic: Clinic, owner: Owner, command: Callable[[Triggers], Awaitable[TriggerRun]], appointment: Any
+) -> None:
+    await clinic.appointment(**appointment)
+    unlucky = await clinic.appointment(**appointment)
+    await owner.execute(
+        f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            RAISE EXCEPTION 'deadlock' USING ERRCODE = 'deadlock_detected';
+        END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON appointments FOR EACH ROW
+            WHEN (NEW.id = {unlucky}) EXECUTE FUNCTION refuse();
+        """
+    )
+    triggers = Triggers(
+        clinic.database, clinic.bell, FixedFlags(Flags()), clinic.metrics, clinic.converter(batch_limit=1)
+    )
+    with capture_logs() as logs:
+        with pytest.raises(Exception, match="deadlock"):
+            await command(triggers)
+        (told,) = logs.lines("legacy_trigger_run")
+        failed = logs.lines("legacy_trigger_failed")
+    assert (told["processed"], told["skipped"]) == (1, 0)
+    name = told["command_name"]
+    assert clinic.metrics.sample("legacy_trigger_executions_total", command_name=name) == 1
+    assert [line["appointment_id"] for line in failed] == ([unlucky] if appointment is OVER else [])
+    assert DispatchOutbox() in clinic.bell.rung
 
 
 async def test_text_appointments_start_five_minutes_early_and_once(clinic: Clinic) -> None:
@@ -195,7 +232,7 @@ async def test_more_than_a_batch_is_gone_through_once(clinic: Clinic) -> None:
     for _ in range(2):
         await clinic.appointment(**SOON)
     async with asyncio.timeout(10):
-        run = await clinic.converter(batch_limit=2).activate_early(except_tenants=[])
+        await clinic.converter(batch_limit=2).activate_early(run := Run("legacy"), except_tenants=[])
     assert (run.created_count, run.skipped_count) == (2, 3)
 
 

@@ -139,10 +139,11 @@ class Converter:
         )
         return await self._run(Run("recovery", due), selection, limit, wait=True)
 
-    async def activate_early(self, *, except_tenants: list[int]) -> Run:
-        """Converts the text appointments that are due within five minutes, of all tenants but these."""
+    async def activate_early(self, run: Run, *, except_tenants: list[int]) -> None:
+        """Converts the text appointments that are due within five minutes, of all tenants but these. Whatever
+        breaks it off, `run` has what was done."""
         selection = _Selection(statement.SELECT_EARLY, statement.CONVERT_EARLY, lambda seen: [except_tenants, seen])
-        return await self._run(Run("legacy"), selection, None, wait=True)
+        await self._run(run, selection, None, wait=True)
 
     async def foresee(self, *, lookback: timedelta | None, limit: int) -> list[Outcome]:
         """What `recover` would do at this moment. Writes nothing."""
