@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from libs.domain.conversion.runs import Run
+from libs.domain.conversion.statement import LOCK_KEY
 from libs.domain.jobs import DispatchOutbox
 from libs.domain.legacy.triggers import TriggerRun, Triggers
 from libs.guardrails import FixedFlags, Flag, Flags, Override, Rollout, Target
@@ -135,6 +136,18 @@ async def test_a_run_that_breaks_off_tells_what_it_has_done(
     assert clinic.metrics.sample("legacy_trigger_executions_total", command_name=name) == 1
     assert [line["appointment_id"] for line in failed] == ([unlucky] if appointment is OVER else [])
     assert DispatchOutbox() in clinic.bell.rung
+
+
+async def test_what_would_start_early_waits_for_a_later_run_when_a_conversion_takes_long(
+    clinic: Clinic, owner: Owner
+) -> None:
+    appointment_id = await clinic.appointment(**SOON)
+    triggers = clinic.triggers()
+    async with owner.transaction():
+        await owner.execute("SELECT pg_advisory_xact_lock($1)", LOCK_KEY)
+        assert (await triggers.activate_booked_appointments()).processed == 0
+    assert await status_of(clinic, appointment_id) == "CONFIRMED"
+    assert (await triggers.activate_booked_appointments()).processed == 1
 
 
 async def test_text_appointments_start_five_minutes_early_and_once(clinic: Clinic) -> None:
