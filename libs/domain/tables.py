@@ -164,6 +164,8 @@ appointments = Table(
     _time("doctor_present_at"),
     # When a legacy path closed it, which had no session. One that was imported as completed was paid for elsewhere.
     _time("closed_at"),
+    # When somebody ended what a legacy path bills. Nothing is charged for it since.
+    _time("ended_at"),
     # The correlation id and trace of whoever confirmed it, for the conversion that may follow weeks later.
     Column("carrier", JSONB, nullable=False, server_default=text("'{}'")),
     _time("created_at", default_now=True),

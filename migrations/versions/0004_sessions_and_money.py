@@ -302,6 +302,7 @@ def upgrade() -> None:
     )
     op.add_column("sessions", sa.Column("reason", sa.Text(), nullable=True))
     op.add_column("appointments", sa.Column("closed_at", sa.DateTime(timezone=True), nullable=True))
+    op.add_column("appointments", sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("sessions", sa.Column("rung_by", sa.BigInteger(), nullable=True))
     op.add_column("sessions", sa.Column("rung_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("sessions", sa.Column("allowance_units", sa.Integer(), nullable=True))

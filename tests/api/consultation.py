@@ -42,6 +42,8 @@ class Consultation:
     charges: dict[int, bool] = field(default_factory=dict)
     """Units charged for the session, and whether each was taken back; `legacy` likewise without a session."""
     legacy: dict[int, bool] = field(default_factory=dict)
+    legacy_ended: bool = False
+    """Whether somebody ended it that had no session."""
 
     @property
     def paid(self) -> int:
@@ -192,10 +194,11 @@ class Consultation:
             elapsed = (min(self.now, self.starts_at + LASTS) - self.starts_at) // UNIT + (how == "manual_end")
             wanted = min(len(self.legacy) + asked, elapsed)
         added = 0
-        while len(self.legacy) < wanted and self.left > 0:
+        while len(self.legacy) < wanted and self.left > 0 and not self.legacy_ended:
             self.legacy[len(self.legacy) + 1] = False
             self.left -= 1
             added += 1
+        self.legacy_ended = self.legacy_ended or how in ("end", "pay", "manual_end")
         return 200, (self.appointment, len(self.legacy), added)
 
     def _bill_session(self, how: str) -> Answer:

@@ -13,6 +13,7 @@ from libs.guardrails import Principal
 from tests.api.expect import faults, found, problem, strangers
 from tests.api.legacy import ENDS, WAYS, Ask, at, deduction, ledger_of, paid
 from tests.clinic import MINUTE, Clinic, LiveSession
+from tests.clock import Clock
 from tests.conftest import MakeApi
 from tests.running import Api
 
@@ -55,6 +56,45 @@ async def test_what_an_appointment_without_a_session_costs(
     assert [row["payload"]["units_added"] for row in charged] == ([units] if units else [])
     await clinic.dispatch()
     assert await clinic.fetch("SELECT FROM notifications") == [], "What it costs is no news for its parties."
+
+
+@pytest.mark.parametrize(
+    ("minute", "end", "units"),
+    [
+        (5, at("end-session"), 1),
+        (5, at("process-payment"), 1),
+        (8, deduction("manual_end", 1), 1),
+        (25, deduction("manual_end", 9), 3),
+    ],
+)
+async def test_once_it_was_ended_nothing_is_charged_any_more(
+    api: Api, clinic: Clinic, clock: Clock, minute: int, end: Ask, units: int
+) -> None:
+    patient = await clinic.patient()
+    appointment_id = await clinic.appointment(patient=patient, starts_in=-minute * MINUTE, lasts=60 * MINUTE)
+    assert found(await end(api, patient, appointment_id))["units_charged"] == units
+    for later in (5, 30, 60):
+        await clock.advance(later * MINUTE)
+        for ask in (end, *(ask for _, ask in WAYS.values())):
+            bill = found(await ask(api, patient, appointment_id))
+            assert (bill["units_charged"], bill["units_added"]) == (units, 0)
+    assert await ledger_of(clinic, appointment_id) == paid(units)
+
+
+async def test_until_somebody_ends_it_intervals_are_charged_as_they_pass(
+    api: Api, clinic: Clinic, clock: Clock
+) -> None:
+    patient = await clinic.patient()
+    appointment_id = await clinic.appointment(patient=patient, starts_in=-MINUTE, lasts=60 * MINUTE)
+    charged = []
+    for _ in range(3):
+        await clock.advance(10 * MINUTE)
+        charged.append(found(await deduction("interval", 1)(api, patient, appointment_id))["units_charged"])
+    await clock.advance(4 * MINUTE)
+    for ask in (deduction("manual_end", 1), deduction("interval", 9), at("end-session")):
+        charged.append(found(await ask(api, patient, appointment_id))["units_charged"])
+    assert charged == [1, 2, 3, 4, 4, 4]
+    assert await ledger_of(clinic, appointment_id) == paid(4)
 
 
 async def test_deductions_add_up_to_what_has_run_and_to_no_more(api: Api, clinic: Clinic) -> None:
@@ -137,12 +177,15 @@ class WithoutSession:
 
     def __init__(self) -> None:
         self.units = 0
+        self.ended = False
 
     def bill(self, way: str, asked: int) -> int:
         limit = {"end-session": 1, "process-payment": 1}.get(way)
         if limit is None:
             limit = min(self.units + asked, 3 if way == "manual end" else 2)
-        self.units = max(self.units, limit)
+        if not self.ended:
+            self.units = max(self.units, limit)
+        self.ended = self.ended or way in ENDS or way == "process-payment"
         return self.units
 
 
@@ -253,7 +296,7 @@ async def test_twenty_at_once_charge_each_unit_once(lenient: Api, clinic: Clinic
         units = max(bill["units_charged"] for bill in bills)
         assert sum(bill["units_added"] for bill in bills) == units
         assert await ledger_of(clinic, appointment_id) == paid(units)
-        assert units == 3 if ask is None else 1 <= units <= 3
+        assert 1 <= units <= 3
 
 
 async def test_an_appointment_is_billed_or_converted_and_never_both(lenient: Api, clinic: Clinic) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from libs.guardrails import Principal, SessionStatus
+from libs.guardrails import Principal, SessionKind, SessionRef, SessionStatus
 from tests.api.expect import found, moment, problem
 from tests.clinic import MINUTE, Clinic, LiveSession
 from tests.clock import Clock
@@ -58,6 +58,24 @@ async def test_the_doctor_has_five_minutes_from_the_first_message_of_the_patient
     assert (await shown(api, clinic, live))["response_deadline"] == deadline
     assert await clinic.settle() == []
     found(await write(api, live.doctor, live), 201)
+    assert (await shown(api, clinic, live))["status"] == "active"
+
+
+async def test_a_doctor_who_comes_on_time_is_not_late_because_the_session_started_early(
+    api: Api, clinic: Clinic, clock: Clock
+) -> None:
+    patient, doctor = await clinic.patient(), await clinic.doctor()
+    appointment_id = await clinic.appointment(doctor, patient, starts_in=5 * MINUTE - SECOND)
+    await clinic.triggers().activate_booked_appointments()
+    session_id = await clinic.fetchval("SELECT session_id FROM appointments WHERE id = $1", appointment_id)
+    live = LiveSession(SessionRef(SessionKind.TEXT, session_id), appointment_id, patient, doctor)
+    found(await write(api, patient, live), 201)
+    assert await clinic.fetchval(
+        "SELECT s.response_deadline - a.starts_at FROM sessions s JOIN appointments a ON a.session_id = s.id"
+    ) == timedelta(minutes=5)
+    await clock.advance(5 * MINUTE)
+    assert await clinic.settle() == []
+    found(await write(api, doctor, live), 201)
     assert (await shown(api, clinic, live))["status"] == "active"
 
 

@@ -219,7 +219,7 @@ LOG_EVENTS = {
     "legacy_charged": "appointment_id status units_added units_charged tenant_id",
     "legacy_triggers_disabled": "message command_name disabled_tenants tenants",
     "legacy_trigger_run": "command_name processed skipped job_run_id disabled_tenants",
-    "legacy_trigger_failed": "exception_type",
+    "legacy_trigger_failed": "appointment_id exception_type",
     "charges_refunded": "session_id appointment_id units tenant_id",
     "appointment_auto_start_run": OF_A_RUN,
     "appointment_recovery_run": OF_A_RUN,

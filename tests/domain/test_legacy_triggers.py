@@ -1,12 +1,17 @@
 """The two legacy commands: what they close, what they start early, and what they leave alone."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from libs.domain.conversion.runs import Run
+from libs.domain.conversion.statement import LOCK_KEY
 from libs.domain.jobs import DispatchOutbox
-from libs.guardrails import Flag, Flags, Override, Rollout, Target
+from libs.domain.legacy.triggers import TriggerRun, Triggers
+from libs.guardrails import FixedFlags, Flag, Flags, Override, Rollout, Target
 from libs.observability.testing import capture_logs
 from tests.api.calls import Owner
 from tests.api.legacy import PAID, UNPAID, ledger_of
@@ -94,9 +99,55 @@ async def test_what_the_database_refuses_holds_up_nothing_else(clinic: Clinic, o
     )
     with capture_logs() as logs:
         run = await clinic.triggers().process_appointment_sessions()
-        assert [line["exception_type"] for line in logs.lines("legacy_trigger_failed")] == ["IntegrityError"]
+        failures = [(line["appointment_id"], line["exception_type"]) for line in logs.lines("legacy_trigger_failed")]
+        assert failures == [(poison, "IntegrityError")]
     assert (run.processed, run.skipped) == (1, 1)
     assert [await status_of(clinic, each) for each in (poison, sound)] == ["CONFIRMED", "CANCELLED"]
+
+
+@pytest.mark.parametrize(
+    ("command", "appointment"),
+    [(Triggers.process_appointment_sessions, OVER), (Triggers.activate_booked_appointments, SOON)],
+)
+async def test_a_run_that_breaks_off_tells_what_it_has_done(
+    clinic: Clinic, owner: Owner, command: Callable[[Triggers], Awaitable[TriggerRun]], appointment: Any
+) -> None:
+    await clinic.appointment(**appointment)
+    unlucky = await clinic.appointment(**appointment)
+    await owner.execute(
+        f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            RAISE EXCEPTION 'deadlock' USING ERRCODE = 'deadlock_detected';
+        END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON appointments FOR EACH ROW
+            WHEN (NEW.id = {unlucky}) EXECUTE FUNCTION refuse();
+        """
+    )
+    triggers = Triggers(
+        clinic.database, clinic.bell, FixedFlags(Flags()), clinic.metrics, clinic.converter(batch_limit=1)
+    )
+    with capture_logs() as logs:
+        with pytest.raises(Exception, match="deadlock"):
+            await command(triggers)
+        (told,) = logs.lines("legacy_trigger_run")
+        failed = logs.lines("legacy_trigger_failed")
+    assert (told["processed"], told["skipped"]) == (1, 0)
+    name = told["command_name"]
+    assert clinic.metrics.sample("legacy_trigger_executions_total", command_name=name) == 1
+    assert [line["appointment_id"] for line in failed] == ([unlucky] if appointment is OVER else [])
+    assert DispatchOutbox() in clinic.bell.rung
+
+
+async def test_what_would_start_early_waits_for_a_later_run_when_a_conversion_takes_long(
+    clinic: Clinic, owner: Owner
+) -> None:
+    appointment_id = await clinic.appointment(**SOON)
+    triggers = clinic.triggers()
+    async with owner.transaction():
+        await owner.execute("SELECT pg_advisory_xact_lock($1)", LOCK_KEY)
+        assert (await triggers.activate_booked_appointments()).processed == 0
+    assert await status_of(clinic, appointment_id) == "CONFIRMED"
+    assert (await triggers.activate_booked_appointments()).processed == 1
 
 
 async def test_text_appointments_start_five_minutes_early_and_once(clinic: Clinic) -> None:
@@ -147,13 +198,54 @@ async def test_what_cannot_start_early_starts_all_the_same_when_it_is_due(clinic
     }
 
 
+@pytest.mark.parametrize("shared", ["doctor", "patient"])
+@pytest.mark.parametrize("earlier", [-MINUTE, 3 * MINUTE])
+async def test_nobody_is_taken_away_from_an_appointment_that_comes_first(
+    clinic: Clinic, clock: Clock, shared: str, earlier: timedelta
+) -> None:
+    party = await (clinic.doctor() if shared == "doctor" else clinic.patient())
+    first = await clinic.appointment(**{shared: party}, modality="voice", starts_in=earlier, lasts=5 * MINUTE)
+    later = await clinic.appointment(**{shared: party}, **SOON)
+    other = await clinic.appointment(**SOON)
+
+    assert (await clinic.triggers().activate_booked_appointments()).processed == 1
+
+    assert [await status_of(clinic, each) for each in (first, later, other)] == [
+        *("CONFIRMED", "CONFIRMED", "IN_PROGRESS"),
+    ]
+    await clock.advance(3 * MINUTE)
+    assert (await clinic.convert())[first].result == "created"
+
+
+@pytest.mark.parametrize(
+    ("first", "parked"),
+    [
+        ({"starts_in": -40 * MINUTE}, False),
+        ({"starts_in": MINUTE, "status": "CANCELLED"}, False),
+        ({"starts_in": MINUTE}, True),
+    ],
+)
+async def test_what_is_over_or_never_starts_holds_nobody_up(
+    clinic: Clinic, first: dict[str, Any], parked: bool
+) -> None:
+    doctor = await clinic.doctor()
+    before = await clinic.appointment(doctor, lasts=2 * MINUTE, **first)
+    if parked:
+        await clinic.fetch("UPDATE appointments SET parked_at = clock() WHERE id = $1", before)
+    later = await clinic.appointment(doctor, **SOON)
+
+    await clinic.triggers().activate_booked_appointments()
+
+    assert await status_of(clinic, later) == "IN_PROGRESS"
+
+
 async def test_more_than_a_batch_is_gone_through_once(clinic: Clinic) -> None:
     for _ in range(3):
         await clinic.appointment(patient=await clinic.patient(units=None), **SOON)
     for _ in range(2):
         await clinic.appointment(**SOON)
     async with asyncio.timeout(10):
-        run = await clinic.converter(batch_limit=2).activate_early(except_tenants=[])
+        await clinic.converter(batch_limit=2).activate_early(run := Run("legacy"), except_tenants=[])
     assert (run.created_count, run.skipped_count) == (2, 3)
 
 

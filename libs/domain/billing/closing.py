@@ -41,7 +41,7 @@ class Closed:
 def closing(billed: str) -> TextClause:
     """The statement that closes the appointments of the query `billed`, which has their rows locked: (id, tenant_id,
     patient_id, doctor_id, modality, begun_at, `charged` units so far, `wanted` units in all, whether it `pays` the
-    doctor, the `next` status)."""
+    doctor, the `next` status, whether it `ends` now, so that nothing is charged any more)."""
     return text(
         f"""
         WITH billed AS MATERIALIZED ({billed}),
@@ -52,8 +52,9 @@ def closing(billed: str) -> TextClause:
             FROM billed b LEFT JOIN charged ON charged.id = b.id
         ),
         closed AS (
-            UPDATE appointments a SET status = o.next, closed_at = clock(), updated_at = clock()
-            FROM outcome o WHERE a.id = o.id AND a.status <> o.next
+            UPDATE appointments a SET status = o.next, closed_at = coalesce(a.closed_at, clock()),
+                ended_at = CASE WHEN o.ends THEN clock() END, updated_at = clock()
+            FROM outcome o WHERE a.id = o.id AND (a.status <> o.next OR o.ends AND a.ended_at IS NULL)
         ),
         event AS (
             INSERT INTO outbox_events (tenant_id, name, aggregate, payload, correlation_id, trace_context)

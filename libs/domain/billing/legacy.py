@@ -40,16 +40,16 @@ class Bill:
     session_context: str | None
 
 
-# :asked is how many units more somebody asks for, of those that have run and the :extra one that has begun; null
-# asks for one unit in all.
+# :asked is how many units more somebody asks for, of those that have run and, if that :ends it, the one that has
+# begun; null asks for one unit in all. Once somebody has ended it, there are no more.
 _BILL: Final = closing(
     f"""
-    SELECT *, greatest(charged, CASE WHEN CAST(:asked AS int) IS NULL THEN 1
-        ELSE least(charged + CAST(:asked AS int), elapsed + CAST(:extra AS int)) END) AS wanted
+    SELECT *, CASE WHEN ended THEN charged ELSE greatest(charged, CASE WHEN CAST(:asked AS int) IS NULL THEN 1
+        ELSE least(charged + CAST(:asked AS int), elapsed + ends::int) END) END AS wanted
     FROM (
         SELECT a.id, a.tenant_id, a.patient_id, a.doctor_id, a.modality, a.starts_at AS begun_at,
             {CHARGED} AS charged, {elapsed_units("a.starts_at", "least(clock(), a.ends_at)")} AS elapsed,
-            true AS pays, '{Status.COMPLETED}' AS next
+            true AS pays, '{Status.COMPLETED}' AS next, a.ended_at IS NOT NULL AS ended, CAST(:ends AS bool) AS ends
         FROM appointments a
         WHERE a.id = :id AND (a.closed_at IS NOT NULL AND a.status = '{Status.COMPLETED}'
             OR a.status = '{Status.CONFIRMED}' AND a.starts_at <= clock())
@@ -70,18 +70,18 @@ class LegacyBilling:
         self._metrics = metrics
 
     async def end_session(self, tx: Transaction, context: SessionContext[EndSession]) -> Bill:
-        """Ends the session; or charges one unit in all."""
+        """Ends the session; or charges one unit in all, which ends the appointment."""
         return await self._bill(tx, context, ends=True)
 
     async def process_payment(self, tx: Transaction, context: SessionContext[ProcessPayment]) -> Bill:
-        """Charges the units of the session that have run; or one unit in all."""
+        """Charges the units of the session that have run; or one unit in all, which ends the appointment."""
         return await self._bill(tx, context, ends=False)
 
     async def process_deduction(
         self, tx: Transaction, context: SessionContext[ProcessDeduction], asked: int, reason: DeductionReason
     ) -> Bill:
         """Charges the units of the session that have run, or ends it, however many units are `asked` for. Without a
-        session, charges as many more as have run, and for an end the one that has begun."""
+        session, charges as many more as have run until somebody ends it, and for the end the one that has begun."""
         return await self._bill(tx, context, ends=reason is DeductionReason.MANUAL_END, asked=asked)
 
     async def _bill(
@@ -92,7 +92,7 @@ class LegacyBilling:
         if session is not None:
             ending = Ending("end", context.caller.user_id, f"ended_by_{context.caller.role}") if ends else None
             return await self._settle(tx, appointment, session, ending)
-        parameters = {"id": appointment.id, "asked": asked, "extra": int(ends)}
+        parameters = {"id": appointment.id, "asked": asked, "ends": ends or asked is None}
         closed = await close(tx, self._metrics, _BILL, parameters)
         if closed is None:
             early = " before it begins" if appointment.status == Status.CONFIRMED else ""

@@ -77,7 +77,8 @@ SEND_BY_SESSION: Final = _SEND.format(
         {_LOCKED}
     """,
     passes=_PASSES,
-    # The doctor's first message activates a text session; the patient's first starts the doctor's clock, once.
+    # The doctor's first message activates a text session; the patient's first starts the doctor's clock, once, which
+    # runs no earlier than the appointment.
     moved=f"""
         UPDATE sessions s
         SET status = CASE WHEN $3 = t.doctor_id THEN 'active' ELSE s.status END,
@@ -86,7 +87,8 @@ SEND_BY_SESSION: Final = _SEND.format(
             expires_at = CASE WHEN $3 = t.doctor_id THEN clock() + allowance.units * {UNIT_SQL} ELSE s.expires_at END,
             tick_at = CASE WHEN $3 = t.doctor_id THEN clock() END,
             idle_at = CASE WHEN $3 = t.doctor_id THEN clock() + $17::interval END,
-            response_deadline = CASE WHEN $3 = t.doctor_id THEN s.response_deadline ELSE clock() + $16::interval END
+            response_deadline = CASE WHEN $3 = t.doctor_id THEN s.response_deadline ELSE
+                greatest(clock(), (SELECT starts_at FROM appointments WHERE id = t.appointment_id)) + $16::interval END
         FROM target t CROSS JOIN numbered CROSS JOIN LATERAL (
             SELECT {allowance("t.patient_id", "'text'")} AS units
         ) AS allowance

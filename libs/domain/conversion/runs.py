@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, Literal, NamedTuple, cast
@@ -139,10 +140,13 @@ class Converter:
         )
         return await self._run(Run("recovery", due), selection, limit, wait=True)
 
-    async def activate_early(self, *, except_tenants: list[int]) -> Run:
-        """Converts the text appointments that are due within five minutes, of all tenants but these."""
+    async def activate_early(self, run: Run, *, except_tenants: list[int]) -> None:
+        """Converts the text appointments that are due within five minutes, of all tenants but these. Whatever
+        breaks it off, `run` has what was done; while another process converts for long, the rest is left to a later
+        run."""
         selection = _Selection(statement.SELECT_EARLY, statement.CONVERT_EARLY, lambda seen: [except_tenants, seen])
-        return await self._run(Run("legacy"), selection, None, wait=True)
+        with suppress(asyncpg.LockNotAvailableError):
+            await self._run(run, selection, None, wait=True)
 
     async def foresee(self, *, lookback: timedelta | None, limit: int) -> list[Outcome]:
         """What `recover` would do at this moment. Writes nothing."""

@@ -43,10 +43,17 @@ SELECT_RECOVERABLE: Final = f"""
     LIMIT $2
 """
 
-# Only what is not due: the rest is for the worker's own conversion.
+# Only what is not due: the rest is for the worker's own conversion. Nor may it take a party away from an appointment
+# that comes first.
 SELECT_EARLY: Final = f"""
-    SELECT id FROM appointments
-    WHERE {DUE} AND modality = 'text' AND starts_at > clock() AND starts_at <= clock() + interval '5 minutes'
+    SELECT id FROM (
+        SELECT id, tenant_id, modality, starts_at, starts_at = least(
+            min(starts_at) OVER (PARTITION BY patient_id), min(starts_at) OVER (PARTITION BY doctor_id)
+        ) AS comes_first
+        FROM appointments
+        WHERE {DUE} AND starts_at <= clock() + interval '5 minutes' AND ends_at > clock()
+    ) AS upcoming
+    WHERE comes_first AND modality = 'text' AND starts_at > clock()
       AND tenant_id <> ALL ($3::bigint[]) AND id <> ALL ($4::bigint[])
     ORDER BY starts_at, id
     LIMIT $2

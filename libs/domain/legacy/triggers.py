@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 from libs.domain.appointments.transitions import Status
 from libs.domain.billing.closing import CHARGED, close, closing
-from libs.domain.conversion.runs import Converter
+from libs.domain.conversion.runs import Converter, Run
 from libs.domain.db import Database, is_transient
 from libs.domain.jobs import DispatchOutbox
 from libs.domain.legacy.commands import Command
@@ -44,7 +44,7 @@ _PROCESS: Final = closing(
     SELECT *, greatest(charged, CASE next WHEN '{Status.CANCELLED}' THEN 0 ELSE 1 END) AS wanted
     FROM (
         SELECT a.id, a.tenant_id, a.patient_id, a.doctor_id, a.modality, a.starts_at AS begun_at,
-            {CHARGED} AS charged, a.patient_present_at IS NOT NULL AS pays,
+            {CHARGED} AS charged, a.patient_present_at IS NOT NULL AS pays, true AS ends,
             CASE WHEN a.doctor_present_at IS NULL THEN '{Status.CANCELLED}'
                 WHEN a.patient_present_at IS NULL THEN '{Status.NO_SHOW}'
                 ELSE '{Status.COMPLETED}' END AS next
@@ -98,36 +98,45 @@ class Triggers:
         run, disabled = await self._begin(Command.PROCESS_APPOINTMENT_SESSIONS)
         if not run.disabled:
             with span("legacy.process_appointment_sessions", root=True):
-                async with self._database.autocommit() as connection:
-                    selected = await connection.fetch(_SELECT_OVER, disabled)
-                for row in selected:
-                    await self._process(run, row["id"])
-            self._finish(run)
+                try:
+                    async with self._database.autocommit() as connection:
+                        selected = await connection.fetch(_SELECT_OVER, disabled)
+                    for row in selected:
+                        await self._process(run, row["id"])
+                finally:
+                    self._finish(run)
         return run
 
     async def activate_booked_appointments(self) -> TriggerRun:
         """Starts the sessions of text appointments five minutes early, as conversion does when they are due."""
         run, disabled = await self._begin(Command.ACTIVATE_BOOKED_APPOINTMENTS)
         if not run.disabled:
-            converted = await self._converter.activate_early(except_tenants=disabled)
-            run.job_run_id = converted.run_id
-            run.processed, run.skipped = converted.created_count, converted.skipped_count + converted.failed_count
-            self._count(run.command, converted.created_count, has_session=False)
-            if converted.created_count:
-                self._bell.ring(DispatchOutbox())
-            self._finish(run)
+            converted = Run("legacy", run_id=run.job_run_id)
+            try:
+                await self._converter.activate_early(converted, except_tenants=disabled)
+            finally:
+                run.processed, run.skipped = converted.created_count, converted.skipped_count + converted.failed_count
+                self._count(run.command, converted.created_count, has_session=False)
+                if converted.created_count:
+                    self._bell.ring(DispatchOutbox())
+                self._finish(run)
         return run
 
     async def _process(self, run: TriggerRun, appointment_id: int) -> None:
-        """One transaction each: what the database refuses holds up nothing else."""
+        """One transaction each: what the database refuses holds up nothing else. What can be tried again is raised."""
         try:
             async with transaction(self._database, self._bell) as tx:
                 closed = await close(tx, self._metrics, _PROCESS, {"id": appointment_id})
                 has_session = (await tx.execute(_HAS_SESSION, {"id": appointment_id})).scalar_one()
         except Exception as error:
+            _log.error(
+                "legacy_trigger_failed",
+                exc_info=error,
+                appointment_id=appointment_id,
+                exception_type=type(error).__name__,
+            )
             if is_transient(error):
                 raise
-            _log.error("legacy_trigger_failed", exc_info=error, exception_type=type(error).__name__)
             closed = None
         if closed is None:
             run.skipped += 1
