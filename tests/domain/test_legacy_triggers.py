@@ -203,9 +203,9 @@ async def test_what_cannot_start_early_starts_all_the_same_when_it_is_due(clinic
 async def test_nobody_is_taken_away_from_an_appointment_that_comes_first(
     clinic: Clinic, clock: Clock, shared: str, earlier: timedelta
 ) -> None:
-    party = await (clinic.doctor() if shared == "doctor" else clinic.patient())
-    first = await clinic.appointment(**{shared: party}, modality="voice", starts_in=earlier, lasts=5 * MINUTE)
-    later = await clinic.appointment(**{shared: party}, **SOON)
+    party: dict[str, Any] = {shared: await (clinic.doctor() if shared == "doctor" else clinic.patient())}
+    first = await clinic.appointment(**party, modality="voice", starts_in=earlier, lasts=5 * MINUTE)
+    later = await clinic.appointment(**party, **SOON)
     other = await clinic.appointment(**SOON)
 
     assert (await clinic.triggers().activate_booked_appointments()).processed == 1
