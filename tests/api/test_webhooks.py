@@ -81,7 +81,16 @@ async def test_an_address_is_registered_once_and_ten_at_most(api: Api, clinic: C
 
 
 BAD_FIELDS: dict[str, list[object]] = {
-    "url": ["http://example.org/", "https://127.0.0.1/", "https://u:p@example.org/", "https://e.org:22/", "", "x", 1],
+    "url": [
+        "http://example.org/",
+        "https://127.0.0.1/",
+        "https://u:p@example.org/",
+        "https://e.org:22/",
+        "https://a..b/",
+        "",
+        "x",
+        1,
+    ],
     "events": [[], ["ping"], ["no_such_event"], ["session_ended", "session_ended"], "session_ended", [1], None],
     "description": ["x" * 201, 1, "a\x00"],
 }

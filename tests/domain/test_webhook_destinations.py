@@ -62,6 +62,7 @@ BAD_URLS = """
     https://example.org/#part https://127.0.0.1/ https://[::1]/ https://169.254.169.254/latest/meta-data/
     https://[::ffff:169.254.169.254]/ https://[fe80::1%25eth0]/ https://10.1.2.3/ https://example.org:0/
     https://example.org:99999/ https://exa%6Dple.org:x/ https://\x7f.org/ https://xn--\xff/
+    https://aaaaaaaaaabbbbbbbbbbccccccccccddddddddddeeeeeeeeeeffffffffffgggggggggg.com/ https://a..b/ https://.example.org/
 """
 
 
@@ -199,6 +200,14 @@ async def test_the_address_that_was_checked_is_the_one_that_is_connected_to(
 
     assert allowed.got[0].headers["host"] == f"hooks.example:{port}"
     assert (allowed.connections, forbidden.connections) == (1, 0)
+
+
+async def test_a_name_that_cannot_even_be_asked_for_is_one_that_is_not_reached(api: Api, clinic: Clinic) -> None:
+    endpoint_id, _ = await register(clinic.database, clinic.operator, "https://a..b/")
+    webhooks = Webhooks(api.runtime)
+    with pytest.raises(NotDeliveredError, match="cannot be reached"):
+        await deliver(webhooks, clinic, endpoint_id)
+    await webhooks.close()
 
 
 async def test_of_several_addresses_the_first_that_answers_is_enough(

@@ -85,6 +85,7 @@ class Destinations:
         try:
             parsed = httpx2.URL(url)
             address = literal(parsed)
+            parsed.raw_host.decode().encode("idna")  # as the system will, which refuses names such as a..b
         except (httpx2.InvalidURL, UnicodeError, ValueError):
             raise ForbiddenDestinationError("Must be an address such as https://example.org/webhooks.") from None
         if parsed.scheme not in ("https", "http") or not parsed.host:
@@ -150,7 +151,10 @@ class Lookups:
     async def _look_up(self, tenant_id: int, host: str, port: int) -> list[Address]:
         ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         async with self._turns[tenant_id]:
-            found = await asyncio.get_running_loop().run_in_executor(_THREADS, ask)
+            try:
+                found = await asyncio.get_running_loop().run_in_executor(_THREADS, ask)
+            except UnicodeError as error:
+                raise OSError("not a name") from error
         return list(dict.fromkeys(ip_address(where[0]) for *_, where in found))
 
     def _over(self, asked: tuple[int, str, int], lookup: asyncio.Task[list[Address]]) -> None:
