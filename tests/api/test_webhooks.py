@@ -80,6 +80,15 @@ async def test_an_address_is_registered_once_and_ten_at_most(api: Api, clinic: C
     await registered(api, elsewhere)
 
 
+async def test_an_address_is_the_same_however_it_is_spelled(api: Api, clinic: Clinic) -> None:
+    assert (await registered(api, clinic, url="HTTPS://X.Example.org:443"))["url"] == "https://x.example.org/"
+    operator = api.as_(clinic.operator)
+    for spelled in ("https://x.example.org", "https://X.EXAMPLE.org/", "https://x.example.org:443/"):
+        assert faults(await operator.post("/admin/webhooks", json={"url": spelled})) == ["/url"], spelled
+    for another in ("https://x.example.org/?", "https://x.example.org/A%2Fb?C=d", "https://x.example.org/a%2Fb?C=d"):
+        assert (await registered(api, clinic, url=another))["url"] == another
+
+
 BAD_FIELDS: dict[str, list[object]] = {
     "url": [
         "http://example.org/",

@@ -112,6 +112,13 @@ class Destinations:
             raise ForbiddenDestinationError(f"Must name one of the ports {', '.join(map(str, sorted(self._ports)))}.")
 
 
+def normal(url: str) -> httpx2.URL:
+    """A URL that was checked, as all its spellings have it: scheme and host in small letters, no port that goes without
+    saying, and a path."""
+    parsed = httpx2.URL(url)
+    return parsed.copy_with(raw_path=parsed.raw_path)
+
+
 def literal(url: httpx2.URL) -> Address | None:
     """The address that the URL itself names."""
     try:
