@@ -1,6 +1,7 @@
 """What operators do with webhooks, and what they are shown."""
 
 import json
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ async def test_an_endpoint_is_registered_and_its_secret_shown_once(
     assert await clinic.fetchval("SELECT count(*) FROM idempotency_keys") == 0, "They would keep the secret."
     assert "hidden" not in (tmp_path / "api.jsonl").read_text()
     assert secret not in (tmp_path / "api.jsonl").read_text()
+
+
+def test_receivers_are_told_of_every_event_that_there_is() -> None:
+    told = (Path(__file__).parents[2] / "docs" / "webhooks.md").read_text()
+    table = [line.split("|")[1] for line in told.splitlines() if line.startswith("| `")]
+    assert {name.value for name in EventName} <= {name for cell in table for name in re.findall("`([a-z_]+)`", cell)}
 
 
 async def test_an_address_is_registered_once_and_ten_at_most(api: Api, clinic: Clinic) -> None:
