@@ -175,8 +175,11 @@ _CONVERSION: Final = (
 _BACKGROUND: Final = (
     counter("outbox_dispatch_attempts_total", "Outbox dispatch attempts", _event_name),
     counter("outbox_dispatch_failures_total", "Outbox dispatch failures", _event_name),
-    gauge("outbox_dispatch_lag_seconds", "Age of the oldest pending outbox event, those for webhooks apart"),
-    gauge("outbox_dead", "Deliveries that were given up"),
+    gauge(
+        "outbox_dispatch_lag_seconds",
+        "How long what is due in the outbox has waited for a worker, what is for webhooks apart",
+    ),
+    gauge("outbox_dead", "Deliveries that were given up, those to webhooks apart"),
     counter(
         "webhook_deliveries_total",
         "Attempts to deliver an event to a webhook endpoint",

@@ -149,7 +149,7 @@ class Settings(DatabaseSettings):
     """The ports to which webhooks may be sent, separated by commas."""
     webhook_allow_networks: Annotated[str, AfterValidator(_networks)] = ""
     """Networks of your own, such as 10.1.0.0/16, separated by commas, to which webhooks may be sent as well: at any
-    port, and without TLS. Everything else that is not public is refused."""
+    port, without TLS, and by the operators of every tenant. Everything else that is not public is refused."""
     decision_sample_rate: Share = 0.01
     """Share of simply allowed calls that the decision log keeps; what was refused or warned of is all kept."""
     conversion_batch_limit: Positive = 1000

@@ -27,11 +27,13 @@ _BEAT: Final = """
 """
 _LEAVE: Final = "DELETE FROM workers WHERE name = $1 OR beat_at < clock() - interval '1 day'"
 
+# A receiver that does not answer is no lag of ours, and what it has not taken is its operator's to mend.
 _OUTBOX: Final = f"""
     SELECT count(*) AS depth,
-        -- A receiver that does not answer is no lag of ours.
-        coalesce(extract(epoch FROM clock() - min(e.created_at) FILTER (WHERE d.lane <> 'webhooks')), 0)::float8 AS lag,
-        (SELECT count(*) FROM outbox_deliveries WHERE dead_at IS NOT NULL) AS dead
+        -- What was replayed, or waits to be tried again, is late since then.
+        greatest(0, extract(epoch FROM clock() - min(greatest(e.created_at, d.available_at))
+            FILTER (WHERE d.lane <> 'webhooks')))::float8 AS lag,
+        (SELECT count(*) FROM outbox_deliveries WHERE dead_at IS NOT NULL AND lane <> 'webhooks') AS dead
     FROM outbox_deliveries d JOIN outbox_events e ON e.id = d.event_id
     WHERE {PENDING_DELIVERY}
 """

@@ -2,6 +2,7 @@
 has something to get, so that none waits for another that hangs."""
 
 import asyncio
+import time
 from contextlib import suppress
 from typing import Final
 
@@ -49,11 +50,13 @@ class OutboxLane:
 
 
 class WebhookLane:
-    """Looks which webhooks have something to get, and drains each in a task of its own, so many at once."""
+    """Looks which webhooks have something to get, and serves each in a task of its own, so many at once. While all
+    are taken, each gets a few events at a time, and whoever was served longest ago is next."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._draining: dict[str, asyncio.Task[None]] = {}
+        self._serving: dict[str, asyncio.Task[None]] = {}
+        self._served_at: dict[str, float] = {}
         self._woken = asyncio.Event()
         self._stopped = False
 
@@ -77,25 +80,31 @@ class WebhookLane:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LONGEST_SLEEP):
                         await self._woken.wait()
-            await asyncio.gather(*self._draining.values())
+            await asyncio.gather(*self._serving.values())
         finally:
-            for task in self._draining.values():
+            for task in self._serving.values():
                 task.cancel()
 
     async def _begin(self) -> None:
-        for webhook in await self._dispatcher.waiting_webhooks():
-            if webhook not in self._draining and len(self._draining) < WEBHOOKS_AT_ONCE:
-                task = asyncio.create_task(self._drain(webhook))
-                self._draining[webhook] = task
+        waiting = [webhook for webhook in await self._dispatcher.waiting_webhooks() if webhook not in self._serving]
+        waiting.sort(key=lambda webhook: self._served_at.get(webhook, 0.0))
+        for webhook in waiting[: WEBHOOKS_AT_ONCE - len(self._serving)]:
+            self._serving[webhook] = asyncio.create_task(self._serve(webhook))
 
-    async def _drain(self, webhook: str) -> None:
+    async def _serve(self, webhook: str) -> None:
+        taken = 0
         try:
-            while not self._stopped and await self._dispatcher.dispatch_webhook(webhook):
-                pass
+            while not self._stopped and (batch := await self._dispatcher.dispatch_webhook(webhook)):
+                taken += batch
+                if len(self._serving) >= WEBHOOKS_AT_ONCE:
+                    break
         except Exception as error:
             self._failed(error)
         finally:
-            del self._draining[webhook]
+            del self._serving[webhook]
+            self._served_at[webhook] = time.monotonic()
+        if taken:  # what waits behind an earlier event would have us look without end
+            self.wake()
 
     def _failed(self, error: Exception) -> None:
         _log.error("outbox_lane_failed", exc_info=error, exception_type=type(error).__name__)

@@ -1,6 +1,7 @@
 """What operators do with webhooks, and what they are shown."""
 
 import json
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ async def test_an_endpoint_is_registered_and_its_secret_shown_once(
     assert secret not in (tmp_path / "api.jsonl").read_text()
 
 
+def test_receivers_are_told_of_every_event_that_there_is() -> None:
+    told = (Path(__file__).parents[2] / "docs" / "webhooks.md").read_text()
+    table = [line.split("|")[1] for line in told.splitlines() if line.startswith("| `")]
+    assert {name.value for name in EventName} <= {name for cell in table for name in re.findall("`([a-z_]+)`", cell)}
+
+
 async def test_an_address_is_registered_once_and_ten_at_most(api: Api, clinic: Clinic) -> None:
     await registered(api, clinic)
     operator = api.as_(clinic.operator)
@@ -80,8 +87,26 @@ async def test_an_address_is_registered_once_and_ten_at_most(api: Api, clinic: C
     await registered(api, elsewhere)
 
 
+async def test_an_address_is_the_same_however_it_is_spelled(api: Api, clinic: Clinic) -> None:
+    assert (await registered(api, clinic, url="HTTPS://X.Example.org:443"))["url"] == "https://x.example.org/"
+    operator = api.as_(clinic.operator)
+    for spelled in ("https://x.example.org", "https://X.EXAMPLE.org/", "https://x.example.org:443/"):
+        assert faults(await operator.post("/admin/webhooks", json={"url": spelled})) == ["/url"], spelled
+    for another in ("https://x.example.org/?", "https://x.example.org/A%2Fb?C=d", "https://x.example.org/a%2Fb?C=d"):
+        assert (await registered(api, clinic, url=another))["url"] == another
+
+
 BAD_FIELDS: dict[str, list[object]] = {
-    "url": ["http://example.org/", "https://127.0.0.1/", "https://u:p@example.org/", "https://e.org:22/", "", "x", 1],
+    "url": [
+        "http://example.org/",
+        "https://127.0.0.1/",
+        "https://u:p@example.org/",
+        "https://e.org:22/",
+        "https://a..b/",
+        "",
+        "x",
+        1,
+    ],
     "events": [[], ["ping"], ["no_such_event"], ["session_ended", "session_ended"], "session_ended", [1], None],
     "description": ["x" * 201, 1, "a\x00"],
 }

@@ -260,3 +260,41 @@ async def test_a_delivery_that_nobody_survives_is_given_up(clinic: Clinic, owner
     await clinic.dispatch()
     assert await clinic.fetchval("SELECT bool_and(dead_at IS NOT NULL) FROM outbox_deliveries")
     assert await clinic.fetchval("SELECT count(*) FROM notifications") == 0
+
+
+async def test_what_happens_at_once_to_many_is_delivered_to_everyone_in_order(
+    clinic: Clinic, owner: "asyncpg.Connection[Any]"
+) -> None:
+    clinics = [clinic, *[await Clinic.open(clinic.database, name) for name in ("Second", "Third")]]
+    for _ in range(12):
+        for each in clinics:
+            await each.appointment()
+    await clinic.convert()
+    await owner.execute(
+        """
+        UPDATE sessions SET status = 'active', activated_at = clock() - interval '20 minutes', allowance_units = 1,
+            expires_at = clock() - interval '10 minutes', tick_at = clock()
+        """
+    )
+    await owner.execute("INSERT INTO tenants (name) SELECT 'Other' FROM generate_series(1, 300)")
+    await owner.execute(
+        """
+        INSERT INTO webhook_endpoints (tenant_id, url, events)
+        SELECT tenant.id, 'https://example.org/' || number, $2
+        FROM tenants tenant, generate_series(1, CASE WHEN tenant.id = ANY ($1) THEN 10 ELSE 1 END) number
+        """,
+        [each.tenant_id for each in clinics],
+        [name.value for name in (EventName.SESSION_CHARGED, EventName.SESSION_ENDED)],
+    )
+    await owner.execute("ANALYZE")
+
+    assert len(await clinic.settle()) == 36
+
+    rows = await clinic.fetch(
+        """
+        SELECT array_agg(event_id ORDER BY id) AS delivered, array_agg(event_id ORDER BY event_id) AS happened
+        FROM outbox_deliveries WHERE lane = 'webhooks' GROUP BY consumer, aggregate
+        """
+    )
+    assert [len(row["happened"]) for row in rows] == [2] * 360
+    assert [row["delivered"] for row in rows] == [row["happened"] for row in rows]

@@ -1,10 +1,14 @@
 """Webhooks reach the public internet and the networks that are allowed, whatever their address says."""
 
+import asyncio
+import socket
 import ssl
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import httpx2
@@ -15,10 +19,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from libs.domain.outbox.dispatch import Event, NotDeliveredError
 from libs.domain.outbox.events import EventName, webhook
-from libs.domain.webhooks.destinations import Address, Destinations, ForbiddenDestinationError, is_public, resolve
+from libs.domain.webhooks.destinations import (
+    LOOKUPS,
+    LOOKUPS_PER_TENANT,
+    Address,
+    Destinations,
+    ForbiddenDestinationError,
+    Lookups,
+    is_public,
+)
 from libs.domain.webhooks.sending import Webhooks
 from tests.clinic import Clinic
 from tests.conftest import MakeApi
+from tests.processes import until
 from tests.receiver import Receiver, receiving, register
 from tests.running import Api
 
@@ -49,6 +62,7 @@ BAD_URLS = """
     https://example.org/#part https://127.0.0.1/ https://[::1]/ https://169.254.169.254/latest/meta-data/
     https://[::ffff:169.254.169.254]/ https://[fe80::1%25eth0]/ https://10.1.2.3/ https://example.org:0/
     https://example.org:99999/ https://exa%6Dple.org:x/ https://\x7f.org/ https://xn--\xff/
+    https://aaaaaaaaaabbbbbbbbbbccccccccccddddddddddeeeeeeeeeeffffffffffgggggggggg.com/ https://a..b/ https://.example.org/
 """
 
 
@@ -80,7 +94,54 @@ def test_what_is_allowed_is_that_network_alone() -> None:
 
 @pytest.mark.parametrize("spelled", ["127.1", "0x7f.1", "2130706433", "017700000001", "localhost", "0"])
 async def test_other_spellings_of_an_address_are_that_address(spelled: str) -> None:
-    assert not any(is_public(address) for address in await resolve(spelled, 443))
+    assert not any(is_public(address) for address in await Lookups().resolve(1, spelled, 443))
+
+
+@pytest.fixture
+def unanswered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names that were asked of a name server that answers for `localhost` alone."""
+    asked: list[str] = []
+    over = threading.Event()
+    system = socket.getaddrinfo
+
+    def ask(host: str, port: int, **options: Any) -> Any:
+        if host == "localhost":
+            return system(host, port, **options)
+        asked.append(host)
+        over.wait()
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", ask)
+    yield asked
+    over.set()
+
+
+async def test_names_of_a_tenant_that_get_no_answer_keep_no_other_tenant_waiting(unanswered: list[str]) -> None:
+    lookups = Lookups()
+    waiting = [asyncio.create_task(lookups.resolve(1, f"{number}.example", 443)) for number in range(2 * LOOKUPS)]
+
+    async def asked() -> bool:
+        return len(unanswered) == LOOKUPS_PER_TENANT
+
+    await until(asked)
+    async with asyncio.timeout(5):
+        assert ip_address("127.0.0.1") in await lookups.resolve(2, "localhost", 443)
+    assert len(unanswered) == LOOKUPS_PER_TENANT
+    for task in waiting:
+        task.cancel()
+
+
+async def test_a_name_is_asked_for_once_at_a_time_however_many_deliveries_wait_or_waited(
+    unanswered: list[str],
+) -> None:
+    lookups = Lookups()
+    for _ in range(2 * LOOKUPS_PER_TENANT):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await lookups.resolve(1, "hooks.example", 443)
+    async with asyncio.timeout(5):
+        assert await lookups.resolve(1, "localhost", 443)
+    assert unanswered == ["hooks.example"]
 
 
 class Resolver:
@@ -90,7 +151,7 @@ class Resolver:
         self.answers = list(answers)
         self.asked: list[str] = []
 
-    async def __call__(self, host: str, port: int) -> list[Address]:
+    async def __call__(self, tenant_id: int, host: str, port: int) -> list[Address]:
         self.asked.append(host)
         return [ip_address(address) for address in self.answers.pop(0).split()]
 
@@ -139,6 +200,14 @@ async def test_the_address_that_was_checked_is_the_one_that_is_connected_to(
 
     assert allowed.got[0].headers["host"] == f"hooks.example:{port}"
     assert (allowed.connections, forbidden.connections) == (1, 0)
+
+
+async def test_a_name_that_cannot_even_be_asked_for_is_one_that_is_not_reached(api: Api, clinic: Clinic) -> None:
+    endpoint_id, _ = await register(clinic.database, clinic.operator, "https://a..b/")
+    webhooks = Webhooks(api.runtime)
+    with pytest.raises(NotDeliveredError, match="cannot be reached"):
+        await deliver(webhooks, clinic, endpoint_id)
+    await webhooks.close()
 
 
 async def test_of_several_addresses_the_first_that_answers_is_enough(

@@ -11,8 +11,12 @@ import pytest
 
 from libs.domain.conversion.report import Reporter
 from libs.domain.jobs import DispatchOutbox
+from libs.domain.outbox import dead
+from libs.domain.outbox.append import address
+from libs.domain.outbox.events import Consumer, EventName, Lane
 from libs.domain.runtime import Runtime, compose
 from libs.domain.settings import Settings
+from libs.domain.transaction import transaction
 from libs.guardrails import Flags
 from libs.observability.testing import capture_logs
 from services.worker.gauges import Gauges
@@ -159,6 +163,40 @@ async def test_a_worker_whose_pulse_is_not_well_does_not_say_that_it_lives(clini
     await gauge("ill", lambda: False)
     await gauge("sound", lambda: True)
     assert [row["name"] for row in await clinic.fetch("SELECT name FROM workers")] == ["sound"]
+
+
+async def test_the_outbox_is_measured_by_what_this_program_owes_and_not_by_receivers(
+    clinic: Clinic, runtime: Runtime, clock: Clock
+) -> None:
+    async def measured() -> tuple[float, float]:
+        await Gauges(runtime, "tests", lambda: True).measure()
+        gauges = [clinic.metrics.sample(name) for name in ("outbox_dispatch_lag_seconds", "outbox_dead")]
+        return round(gauges[0]), gauges[1]
+
+    async def put(consumer: str, lane: Lane) -> None:
+        async with transaction(clinic.database, clinic.bell) as tx:
+            name = EventName.SESSION_ENDED
+            await address(tx, consumer, lane, name, tenant_id=clinic.tenant_id, aggregate="session:1", payload={})
+
+    await put("webhook:7", Lane.WEBHOOKS)
+    await put("webhook:8", Lane.WEBHOOKS)
+    await clinic.fetch("UPDATE outbox_deliveries SET dead_at = clock() WHERE consumer = 'webhook:7'")
+    await clock.advance(MINUTE)
+    assert await measured() == (0, 0)
+
+    await put(Consumer.NOTIFICATIONS, Lane.NORMAL)
+    await clock.advance(MINUTE)
+    assert await measured() == (60, 0)
+    await clinic.fetch("UPDATE outbox_deliveries SET dead_at = clock() WHERE lane = 'normal'")
+    await clock.advance(timedelta(days=3))
+    assert await measured() == (0, 1)
+
+    async with transaction(clinic.database, clinic.bell) as tx:
+        assert len(await dead.replay(tx, clinic.tenant_id, None, consumer=Consumer.NOTIFICATIONS)) == 1
+    await clock.advance(timedelta(seconds=5))
+    assert await measured() == (5, 0)
+    await clinic.fetch("UPDATE outbox_deliveries SET attempts = 1, available_at = clock() + interval '4 seconds'")
+    assert await measured() == (0, 0), "It waits because it failed, not for a worker."
 
 
 async def test_a_beat_that_fails_is_logged_and_the_next_one_comes(clinic: Clinic, pulse: Pulse, owner: Any) -> None:

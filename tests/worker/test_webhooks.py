@@ -158,7 +158,11 @@ async def test_a_receiver_that_is_gone_is_told_nothing_more(clinic: Clinic, work
     entry = await clinic.fetchrow("SELECT * FROM audit_log WHERE action = 'webhook_disabled'")
     assert (entry["tenant_id"], entry["actor_id"]) == (clinic.tenant_id, None)
     assert (entry["subject"], entry["details"]) == (f"webhook:{endpoint_id}", {"reason": "gone"})
-    assert len(worker.lines("webhook_disabled")) == 1
+
+    async def logged() -> list[dict[str, Any]]:
+        return worker.lines("webhook_disabled")
+
+    assert len(await until(logged)) == 1
     assert len(await deliveries(clinic, endpoint_id)) == 1
 
 

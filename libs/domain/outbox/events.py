@@ -56,7 +56,7 @@ def webhook(endpoint_id: int) -> str:
 
 def deliver(lane: str) -> str:
     """The SQL that gives every consumer its delivery of each row of the CTE `event` (id, tenant_id, name,
-    aggregate); `lane` is an SQL expression."""
+    aggregate), in the order of the events, which is that of dispatching; `lane` is an SQL expression."""
     return f"""
         INSERT INTO outbox_deliveries (event_id, consumer, lane, aggregate)
         SELECT event.id, '{Consumer.NOTIFICATIONS}', {lane}, event.aggregate FROM event
@@ -65,4 +65,5 @@ def deliver(lane: str) -> str:
         SELECT event.id, '{Consumer.WEBHOOK}:' || endpoint.id, '{Lane.WEBHOOKS}', event.aggregate
         FROM event JOIN webhook_endpoints endpoint ON endpoint.tenant_id = event.tenant_id
             AND event.name = ANY (endpoint.events) AND endpoint.disabled_at IS NULL
+        ORDER BY 1
     """

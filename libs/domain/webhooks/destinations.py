@@ -7,6 +7,7 @@ what a name resolves to is checked at each delivery, and the connection is made 
 
 import asyncio
 import socket
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,8 +19,8 @@ import httpx2
 Address: TypeAlias = IPv4Address | IPv6Address
 Network: TypeAlias = IPv4Network | IPv6Network
 
-Resolve: TypeAlias = Callable[[str, int], Awaitable[list[Address]]]
-"""The addresses of a host. Raises OSError when there are none."""
+Resolve: TypeAlias = Callable[[int, str, int], Awaitable[list[Address]]]
+"""The addresses of a host, for a tenant: its id, the host, the port. Raises OSError when there are none."""
 
 LONGEST_URL: Final = 2000
 
@@ -84,6 +85,7 @@ class Destinations:
         try:
             parsed = httpx2.URL(url)
             address = literal(parsed)
+            parsed.raw_host.decode().encode("idna")  # as the system will, which refuses names such as a..b
         except (httpx2.InvalidURL, UnicodeError, ValueError):
             raise ForbiddenDestinationError("Must be an address such as https://example.org/webhooks.") from None
         if parsed.scheme not in ("https", "http") or not parsed.host:
@@ -110,6 +112,13 @@ class Destinations:
             raise ForbiddenDestinationError(f"Must name one of the ports {', '.join(map(str, sorted(self._ports)))}.")
 
 
+def normal(url: str) -> httpx2.URL:
+    """A URL that was checked, as all its spellings have it: scheme and host in small letters, no port that goes without
+    saying, and a path."""
+    parsed = httpx2.URL(url)
+    return parsed.copy_with(raw_path=parsed.raw_path)
+
+
 def literal(url: httpx2.URL) -> Address | None:
     """The address that the URL itself names."""
     try:
@@ -122,12 +131,40 @@ def port_of(url: httpx2.URL) -> int:
     return (443 if url.scheme == "https" else 80) if url.port is None else url.port
 
 
-_LOOKUPS: Final = ThreadPoolExecutor(32, "resolve")
-"""Threads of their own: a name server that does not answer holds up those who ask it, and nobody else."""
+LOOKUPS: Final = 32
+LOOKUPS_PER_TENANT: Final = 4
+
+_THREADS: Final = ThreadPoolExecutor(LOOKUPS, "resolve")
+"""Threads of their own, since a name server that does not answer keeps a thread for long after the delivery has
+failed."""
 
 
-async def resolve(host: str, port: int) -> list[Address]:
-    """The addresses that the system knows."""
-    loop = asyncio.get_running_loop()
-    found = await loop.run_in_executor(_LOOKUPS, partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
-    return list(dict.fromkeys(ip_address(where[0]) for *_, where in found))
+class Lookups:
+    """Asks the system for addresses: once at a time for each name of a tenant, and for a few of its names at a time, so
+    that a tenant whose names get no answer keeps others from theirs only together with many more such tenants."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[tuple[int, str, int], asyncio.Task[list[Address]]] = {}
+        self._turns: defaultdict[int, asyncio.Semaphore] = defaultdict(partial(asyncio.Semaphore, LOOKUPS_PER_TENANT))
+
+    async def resolve(self, tenant_id: int, host: str, port: int) -> list[Address]:
+        """As `Resolve` has it. Whoever asks for what is asked for already gets the same answer."""
+        asked = tenant_id, host, port
+        if asked not in self._under_way:
+            self._under_way[asked] = asyncio.create_task(self._look_up(*asked))
+            self._under_way[asked].add_done_callback(partial(self._over, asked))
+        return await asyncio.shield(self._under_way[asked])
+
+    async def _look_up(self, tenant_id: int, host: str, port: int) -> list[Address]:
+        ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        async with self._turns[tenant_id]:
+            try:
+                found = await asyncio.get_running_loop().run_in_executor(_THREADS, ask)
+            except UnicodeError as error:
+                raise OSError("not a name") from error
+        return list(dict.fromkeys(ip_address(where[0]) for *_, where in found))
+
+    def _over(self, asked: tuple[int, str, int], lookup: asyncio.Task[list[Address]]) -> None:
+        del self._under_way[asked]
+        if not lookup.cancelled():
+            lookup.exception()  # whoever asked may have gone

@@ -6,7 +6,6 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
 
-import httpx2
 from sqlalchemy import Row, Select, delete, func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as insert_unless
 
@@ -17,6 +16,7 @@ from libs.domain.sealing import FieldKeys
 from libs.domain.tables import outbox_deliveries, webhook_endpoints, webhook_secrets
 from libs.domain.transaction import Transaction
 from libs.domain.webhooks import secrets
+from libs.domain.webhooks.destinations import normal
 from libs.guardrails import Principal, Reason, Refused
 
 ENDPOINTS_PER_TENANT: Final = 10
@@ -56,13 +56,14 @@ async def register(
 ) -> tuple[Endpoint, str]:
     """Adds an endpoint at a `url` that was checked; answers it with its secret, which is never told again. Refuses a
     second endpoint at the same address, and more than `ENDPOINTS_PER_TENANT`."""
+    address = normal(url)
     of_tenant = webhook_endpoints.c.tenant_id == caller.tenant_id
     number = (await tx.execute(select(func.count()).select_from(webhook_endpoints).where(of_tenant))).scalar_one()
     if number >= ENDPOINTS_PER_TENANT:
         raise _invalid_url(f"There are {ENDPOINTS_PER_TENANT} endpoints already.")
     values = {
         "tenant_id": caller.tenant_id,
-        "url": url,
+        "url": str(address),
         "description": description,
         "events": list(events),
     }
@@ -74,8 +75,8 @@ async def register(
         raise _invalid_url("There is an endpoint with this address already.")
     endpoint = _endpoint(row)
     secret = await _add_secret(tx, caller, keys, endpoint.id)
-    host = httpx2.URL(url).host  # the rest of it may be a secret
-    await audit.record(tx, caller, "webhook_registered", webhook(endpoint.id), host=host, events=list(events))
+    # Of the address the host alone: the rest of it may be a secret.
+    await audit.record(tx, caller, "webhook_registered", webhook(endpoint.id), host=address.host, events=list(events))
     return endpoint, secret
 
 

@@ -19,10 +19,10 @@ from libs.domain.webhooks import endpoints, secrets
 from libs.domain.webhooks.destinations import (
     Destinations,
     ForbiddenDestinationError,
+    Lookups,
     Resolve,
     literal,
     port_of,
-    resolve,
 )
 
 _log: Final = logger("webhooks")
@@ -63,10 +63,12 @@ class Webhooks:
     tenant's receiver may have the same address.
     """
 
-    def __init__(self, runtime: Runtime, *, resolve: Resolve = resolve, trusted: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, runtime: Runtime, *, resolve: Resolve | None = None, trusted: ssl.SSLContext | None = None
+    ) -> None:
         settings = runtime.settings
         self._runtime = runtime
-        self._resolve = resolve
+        self._resolve = resolve or Lookups().resolve
         self._destinations = Destinations.parse(settings.webhook_ports, settings.webhook_allow_networks)
         self._transport = httpx2.AsyncHTTPTransport(
             verify=trusted or ssl.create_default_context(),
@@ -120,7 +122,7 @@ class Webhooks:
         url, body, message_id = target.url, _body(event), str(event.event_id)
         host = url.raw_host.decode()
         address = literal(url)
-        addresses = [address] if address else await self._resolve(host, port_of(url))
+        addresses = [address] if address else await self._resolve(event.tenant_id, host, port_of(url))
         for address in addresses:
             self._destinations.check(url, address)
         headers = {
