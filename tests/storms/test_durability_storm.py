@@ -267,5 +267,8 @@ async def test_the_storm_finds_a_database_that_acknowledges_what_it_has_not_writ
 
 
 async def test_the_storm_finds_an_api_that_answers_before_it_commits(servers: Servers, tmp_path: Path) -> None:
-    lost = await Storm(servers, tmp_path, BRIEF, apis.answer_before_commit).rage()
-    assert lost != {}
+    # The kill must meet an answer that is not committed yet.
+    for _ in range(3):
+        if await Storm(servers, tmp_path, BRIEF, apis.answer_before_commit).rage():
+            return
+    raise AssertionError("The storm found nothing.")
