@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 ONLY ?=
 ARGS ?=
+# How many tests run side by side.
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -39,7 +41,7 @@ imports: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 pytest: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile
 
 bench: $(VENV)/.dev ## Measure and print tables; ONLY=name for one of them
 	$(BIN)/python -m tests.benchmarks $(ONLY)
