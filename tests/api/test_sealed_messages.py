@@ -73,7 +73,11 @@ async def test_a_row_moved_elsewhere_or_changed_cannot_be_opened() -> None:
     assert bodies.seal(1, "a", SECRET) != sealed, "The same body is sealed differently each time."
 
 
-@pytest.mark.parametrize("listed", ["key", "a:", ":" + OLD[4:], "a:AAAA", f"{OLD},{OLD}", "a b" + OLD[3:], OLD + "="])
+@pytest.mark.parametrize(
+    "listed",
+    ["key", "a:", ":" + OLD[4:], "a:AAAA", f"{OLD},{OLD}", "a b" + OLD[3:], OLD + "="],
+    ids=["no key", "empty", "no id", "too short", "twice", "id with a space", "no base64"],
+)
 def test_keys_that_are_none_are_refused_and_not_repeated(listed: str) -> None:
     with pytest.raises(ValueError, match="each key 32 bytes") as refused:
         FieldKeys.parse(listed)

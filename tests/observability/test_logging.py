@@ -187,7 +187,7 @@ def cyclic() -> list[object]:
 @pytest.mark.parametrize(
     "value",
     ["\ud800", {"a": "\udfff"}, {"\ud800": 1}, 2**80, float("nan"), b"\xff", object(), {1: {2: 3}}, {(1, 2): 3}],
-    ids=ascii,
+    ids=lambda value: "an object" if type(value) is object else ascii(value),
 )
 def test_a_value_that_json_does_not_know_costs_neither_the_line_nor_its_other_fields(
     captured: CapturedLogs, log: BoundLogger, value: object
