@@ -246,6 +246,9 @@ async def test_until_it_is_connected_an_answered_call_ends_with_its_time(
     await clock.advance(29 * MINUTE)
     await step(api, call.patient, call, "ring")
     await step(api, call.doctor, call, "answer")
+    # Answered in the last minute, there are two to connect.
+    await clock.advance(MINUTE)
+    assert [settled.end_reason for settled in await clinic.settle()] == [None]
     await clock.advance(MINUTE)
     await refused(api, call.doctor, call, "connected", "SESSION_NOT_ACTIVE")
     assert await ended(clinic, call) == ("ended", "never_connected", 0, "COMPLETED")
