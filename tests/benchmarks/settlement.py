@@ -100,6 +100,7 @@ async def _bare(url: str, sessions: Sequence[Any]) -> Figures:
                     ids=[session["id"]],
                     verb="end",
                     reason="ended_by_patient",
+                    words=None,
                     ended_by=session["patient_id"],
                     carrier={},
                 )
