@@ -11,6 +11,7 @@ from typing import Any, Final
 from sqlalchemy import text
 
 from libs.domain import audit
+from libs.domain.billing.posting import allowance
 from libs.domain.conversion.unblocking import unblock
 from libs.domain.outbox.append import append
 from libs.domain.outbox.events import EventName
@@ -65,13 +66,9 @@ _LINES: Final = text(
     + " WHERE t.session_id = :session_id ORDER BY t.id"
 )
 
+_PATIENT: Final = "CAST(:user_id AS bigint)"
 _UNITS: Final = text(
-    """
-    SELECT coalesce(sum(text_sessions_remaining), 0)::int AS text,
-        coalesce(sum(voice_calls_remaining), 0)::int AS voice,
-        coalesce(sum(video_calls_remaining), 0)::int AS video
-    FROM subscriptions WHERE patient_id = :user_id AND starts_at <= clock() AND clock() < ends_at
-    """
+    "SELECT " + ", ".join(f"{allowance(_PATIENT, repr(name))} AS {name}" for name in ("text", "voice", "video"))
 )
 _WALLETS: Final = text("SELECT currency, balance AS balance_minor FROM wallets WHERE doctor_id = :user_id ORDER BY 1")
 
@@ -108,7 +105,7 @@ _REFUND: Final = """
         INSERT INTO ledger_entries (tenant_id, transaction_id, account, subscription_id, doctor_id, commodity, amount)
         SELECT e.tenant_id, posted.id, e.account, e.subscription_id, e.doctor_id, e.commodity, -e.amount
         FROM posted JOIN ledger_entries e ON e.transaction_id = posted.reverses
-        WHERE (SELECT count(*) FROM locked) >= 0
+        WHERE (SELECT count(*) FROM locked) >= 0 -- always; but what nobody reads is not locked
         RETURNING id, transaction_id, account, subscription_id, doctor_id, commodity, amount
     )
     {line} ORDER BY t.id

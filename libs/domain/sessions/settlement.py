@@ -35,13 +35,13 @@ SETTLED_AT_ONCE: Final = 500
 
 _WARNING: Final = "interval '1 minute'"
 
-# A conversion may hold an appointment whose session is over: that one can wait for the next beat.
 _DUE: Final = f"""
     (SELECT id FROM sessions s WHERE {UNANSWERED} ORDER BY least(s.response_deadline, s.expires_at) LIMIT :limit)
     UNION ALL
     (SELECT id FROM sessions WHERE status = 'active' AND tick_at <= clock() ORDER BY tick_at LIMIT :limit)
 """
 _SELECT_DUE: Final = text(_DUE)
+# A conversion may hold an appointment whose session is over: that one can wait for the next beat.
 _LOCK_DUE: Final = text(
     f"""
     WITH candidate AS MATERIALIZED (
@@ -144,8 +144,8 @@ SETTLE: Final = text(
         RETURNING id, tenant_id, name, aggregate
     ),
     delivery AS ({deliver(f"'{LANES[EventName.SESSION_ENDED]}'")})
-    SELECT id, tenant_id, appointment_id, patient_id, doctor_id, conversation_id, modality, status AS was, next,
-        because, units, added, payouts, warns, last_seq,
+    SELECT id, tenant_id, appointment_id, patient_id, doctor_id, conversation_id, modality, next, because,
+        units, added, payouts, warns, last_seq,
         extract(epoch FROM clock() - coalesce(begun_at, created_at))::float8 AS lasted
     FROM outcome ORDER BY id
     """
@@ -223,10 +223,9 @@ class Settlement:
                 await unblock(
                     tx, [user for row in over for user in (row.patient_id, row.doctor_id)], session_ended=True
                 )
-        if any(row.because or row.added or row.warns for row in rows):
-            tx.ring(DispatchOutbox())
         for row in rows:
             if row.because or row.added or row.warns:
+                tx.ring(DispatchOutbox())
                 tx.changed(row.conversation_id)
         tx.after_commit(lambda: self._tell(rows, ending, time.perf_counter() - began))
         return [_settled(row) for row in rows]

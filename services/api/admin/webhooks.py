@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from libs.domain.webhooks import deliveries, endpoints
 from libs.domain.webhooks.deliveries import DeliveryStatus
 from libs.domain.webhooks.destinations import LONGEST_URL, Destinations, ForbiddenDestinationError
-from libs.domain.webhooks.endpoints import DisabledReason, Endpoint
+from libs.domain.webhooks.endpoints import DisabledReason
 from libs.guardrails import Permission, Principal, Reason, Refused
 from services.api.guards import Tx, acting, guarded_router, runtime_of
 from services.api.schemas import DEFAULT_LIMIT, Cursor, IdPath, In, Limit, Out, PageOut, SafeStr, page_out, refusals
@@ -120,7 +120,7 @@ async def register_webhook(
             Reason.VALIDATION_FAILED, errors=[{"pointer": "/url", "in": "body", "detail": str(error)}]
         ) from None
     endpoint, secret = await endpoints.register(tx, caller, runtime.field_keys, **new.model_dump())
-    return RegisteredWebhookOut(**_shown(endpoint).model_dump(), secret=secret)
+    return RegisteredWebhookOut(**WebhookOut.model_validate(endpoint).model_dump(), secret=secret)
 
 
 @router.get("", responses=refusals())
@@ -128,13 +128,13 @@ async def list_webhooks(
     caller: Administrator, tx: Tx, cursor: Cursor = None, limit: Limit = DEFAULT_LIMIT
 ) -> PageOut[WebhookOut]:
     """The endpoints of your tenant."""
-    return page_out(await endpoints.listed(tx, caller, cursor, limit), _shown)
+    return page_out(await endpoints.listed(tx, caller, cursor, limit), WebhookOut.model_validate)
 
 
 @router.get("/{webhook_id}", responses=refusals(Reason.NOT_FOUND))
 async def get_webhook(webhook_id: IdPath, caller: Administrator, tx: Tx) -> WebhookOut:
     """An endpoint as it stands."""
-    return _shown(await endpoints.get(tx, caller, webhook_id))
+    return WebhookOut.model_validate(await endpoints.get(tx, caller, webhook_id))
 
 
 @router.patch("/{webhook_id}", responses=refusals(Reason.NOT_FOUND))
@@ -142,7 +142,7 @@ async def change_webhook(webhook_id: IdPath, caller: Administrator, tx: Tx, chan
     """Enables or disables an endpoint, describes it, or chooses its events. Disabled, it gets none, and what waits for
     it is given up."""
     changes = change.model_dump(exclude_unset=True)
-    return _shown(await endpoints.change(tx, caller, webhook_id, **changes))
+    return WebhookOut.model_validate(await endpoints.change(tx, caller, webhook_id, **changes))
 
 
 @router.delete("/{webhook_id}", status_code=204, responses=refusals(Reason.NOT_FOUND))
@@ -186,7 +186,3 @@ async def redeliver_to_webhook(
 async def test_webhook(webhook_id: IdPath, caller: Administrator, tx: Tx) -> WebhookDeliveryOut:
     """Sends the endpoint the event `ping`; its deliveries tell how that went."""
     return WebhookDeliveryOut.model_validate(await deliveries.ping(tx, caller, webhook_id))
-
-
-def _shown(endpoint: Endpoint) -> WebhookOut:
-    return WebhookOut.model_validate(endpoint)
