@@ -164,6 +164,11 @@ _CONVERSION: Final = (
         "Appointments that had changed once they were locked, or that could not start before they were due",
     ),
     counter("appointment_session_notification_failed_total", "Notification failed after successful conversion"),
+    histogram(
+        "appointment_start_delay_seconds",
+        "How long after an appointment was due, or could be tried again, its session was there",
+        buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
+    ),
     histogram("appointment_conversion_run_duration_seconds", "Conversion run duration", Label("task", _TASKS[:2])),
     gauge(
         "appointment_conversion_last_run_timestamp_seconds",

@@ -8,13 +8,15 @@ so nothing that runs on it may leave session state behind. `Database.alone` is f
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final, cast
+from typing import Any, Final, Self, cast
 
 import asyncpg
 import orjson
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from libs.observability.registry import Metrics
 
 CONNECT_TIMEOUT: Final = 3.0
 POOL_TIMEOUT: Final = 2.0
@@ -128,6 +130,12 @@ class Database:
             yield connection
         finally:
             connection.terminate()  # whoever listens or reads has nothing to finish, and the server may be gone
+
+    def observed(self, metrics: Metrics, pool: str) -> Self:
+        """Has `metrics` tell how many connections there may be and, whenever it is asked, how many are in use."""
+        metrics.gauge("db_connections_max", pool).set(self.max_connections)
+        metrics.gauge("db_connections_in_use", pool).set_function(self.in_use)
+        return self
 
     def in_use(self) -> int:
         """Connections checked out at this moment, of both pools."""

@@ -5,12 +5,14 @@ ring that fails is counted and forgotten. Jobs are JSON and carry ids only.
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Coroutine
 from typing import Any
 from uuid import uuid4
 
 import orjson
 from arq.connections import ArqRedis
+from arq.constants import default_queue_name
 from redis.asyncio import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -100,6 +102,14 @@ class Doorbell:
                 await call
         except (RedisError, OSError, TimeoutError):
             self._failures.inc()
+
+    async def waiting(self) -> float:
+        """How many jobs nobody has taken yet; NaN while Redis does not say."""
+        try:
+            async with asyncio.timeout(RING_TIMEOUT):
+                return float(await self._redis.zcard(default_queue_name))
+        except (RedisError, OSError, TimeoutError):
+            return math.nan
 
     async def is_reachable(self) -> bool:
         try:

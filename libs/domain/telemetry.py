@@ -29,9 +29,14 @@ _MODULES: Final = {
 }
 
 
+def module_of(component: str) -> str:
+    """The log module that a room belongs to; rooms not named in the table belong to `infra`."""
+    return _MODULES.get(component, "infra")
+
+
 def logger(component: str) -> BoundLogger:
-    """The logger of a room; rooms not named in the table belong to `infra`."""
-    return get_logger(component, _MODULES.get(component, "infra"))
+    """The logger of a room."""
+    return get_logger(component, module_of(component))
 
 
 _log = logger("guard")

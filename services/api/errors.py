@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from libs.domain.db import driver_error, is_transient
-from libs.domain.telemetry import logger
+from libs.domain.telemetry import logger, module_of
 from libs.guardrails import Kind, Reason, Refused
 from libs.observability.context import correlation_id
 from libs.observability.registry import Metrics
@@ -143,7 +143,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     def answer(request: Request, refused: Refused, headers: Mapping[str, str] | None = None) -> JSONResponse:
         kind = refused.reason.kind
         if error_type := _ERROR_TYPE.get(kind):
-            metrics.counter("errors_total", "infra", error_type).inc()
+            metrics.counter("errors_total", _module(request), error_type).inc()
         return problem(refused, request, headers)
 
     async def on_validation(request: Request, error: Exception) -> JSONResponse:
@@ -177,6 +177,12 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     ):
         app.add_exception_handler(raised, on_any)
     app.add_middleware(FaultBarrier, answer=on_any)
+
+
+def _module(request: HTTPConnection) -> str:
+    """Whose route it was, by the room that declares it."""
+    package, _, room = getattr(request.scope.get("endpoint"), "__module__", "").rpartition(".")[0].rpartition(".")
+    return module_of(room if package == "services.api" else "")
 
 
 def _allowed(app: FastAPI, endpoint: Any) -> str:

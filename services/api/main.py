@@ -141,9 +141,8 @@ async def open_app(settings: ApiSettings, flags: FlagSettings) -> AsyncIterator[
         access = MetricsAccess.parse(secret.get_secret_value() if secret else None, settings.metrics_allow)
         database = Database(
             libpq_dsn(settings.database_url), application="sessiongate-api", pool_size=settings.pool_size
-        )
+        ).observed(metrics, "api")
         doorbell = Doorbell(settings.redis_url, metrics)
-        metrics.gauge("db_connections_max", "api").set(database.max_connections)
         try:
             runtime = compose(settings, flags_of(flags), metrics=metrics, database=database, bell=doorbell)
             async with (

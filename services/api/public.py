@@ -78,7 +78,6 @@ async def get_metrics(request: Request) -> Response:
         case "forbidden":
             raise Refused(Reason.ROLE_NOT_ALLOWED)
     runtime = runtime_of(request)
-    runtime.metrics.gauge("db_connections_in_use", "api").set(runtime.database.in_use())
     body, content_type = render(runtime.metrics, request.headers.get("accept", ""))
     return Response(body, media_type=content_type)
 

@@ -13,6 +13,7 @@ from libs.domain import idempotency
 from libs.domain.conversion import monitor
 from libs.domain.conversion.report import count
 from libs.domain.decisions import log as decisions
+from libs.domain.doorbell import Doorbell
 from libs.domain.flags import tripwires
 from libs.domain.runtime import Runtime
 from libs.domain.tables import PENDING_DELIVERY
@@ -51,8 +52,9 @@ _COUNT_RUNS: Final = """
 
 
 class Gauges:
-    def __init__(self, runtime: Runtime, worker: str, is_well: Callable[[], bool]) -> None:
+    def __init__(self, runtime: Runtime, doorbell: Doorbell, worker: str, is_well: Callable[[], bool]) -> None:
         self._runtime = runtime
+        self._doorbell = doorbell
         self._worker = worker
         self._is_well = is_well
 
@@ -86,7 +88,7 @@ class Gauges:
         metrics.gauge("outbox_dispatch_lag_seconds").set(outbox["lag"])
         metrics.gauge("outbox_dead").set(outbox["dead"])
         metrics.gauge("worker_queue_depth", "outbox").set(outbox["depth"])
-        metrics.gauge("db_connections_in_use", "worker").set(database.in_use())
+        metrics.gauge("worker_queue_depth", "arq").set(await self._doorbell.waiting())
         for run in runs:
             count(metrics, run["task"], [(run["result"], run["modality"], run["reason"], run["number"])])
 

@@ -63,8 +63,7 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
             pool_size=settings.pool_size,
             command_timeout=35.0,
             timeouts=WORKER_TIMEOUTS,
-        )
-        metrics.gauge("db_connections_max", "worker").set(database.max_connections)
+        ).observed(metrics, "worker")
         doorbell = Doorbell(settings.redis_url, metrics)
         bell = LocalBell(doorbell)
         runtime = compose(settings, flags_of(flags), metrics=metrics, database=database, bell=bell)
@@ -93,7 +92,7 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
         dispatcher = Dispatcher(database, consumers, metrics)
         lanes: list[OutboxLane | WebhookLane] = [OutboxLane(dispatcher, lane) for lane in (Lane.URGENT, Lane.NORMAL)]
         lanes.append(WebhookLane(dispatcher))
-        gauges = Gauges(runtime, settings.worker_name, lambda: pulse.is_well)
+        gauges = Gauges(runtime, doorbell, settings.worker_name, lambda: pulse.is_well)
         auditor = Auditor(
             database,
             metrics,

@@ -163,6 +163,7 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     ),
     "appointment_session_conversion_skipped_total": ("counter", {}),
     "appointment_session_notification_failed_total": ("counter", {}),
+    "appointment_start_delay_seconds": ("histogram", {}),
     "appointment_conversion_run_duration_seconds": ("histogram", {"task": "auto_start recovery"}),
     "appointment_conversion_last_run_timestamp_seconds": ("gauge", {"task": "auto_start recovery"}),
     "outbox_dispatch_attempts_total": ("counter", {"event_name": EVENTS}),

@@ -355,6 +355,23 @@ async def test_attempts_count_created_and_failed_but_not_skipped(clinic: Clinic)
     assert clinic.metrics.sample("appointment_session_conversion_skipped_total") == 0
 
 
+async def test_how_late_a_session_was_is_measured_from_when_it_could_begin(clinic: Clinic) -> None:
+    await clinic.appointment(starts_in=-timedelta(seconds=40))
+    tried_again = await clinic.appointment(starts_in=-10 * MINUTE)
+    await clinic.fetch(
+        "UPDATE appointments SET next_attempt_at = clock() - interval '2 seconds' WHERE id = $1", tried_again
+    )
+    await clinic.appointment(modality="hologram")
+
+    await clinic.convert()
+
+    def within(seconds: str) -> float:
+        return clinic.metrics.sample("appointment_start_delay_seconds_bucket", le=seconds)
+
+    assert [within(seconds) for seconds in ("1.0", "5.0", "30.0", "60.0")] == [0, 1, 1, 2]
+    assert clinic.metrics.sample("appointment_start_delay_seconds_count") == 2, "What failed has not started."
+
+
 async def test_a_broken_transaction_leaves_nothing_half_done(clinic: Clinic, owner: "asyncpg.Connection[Any]") -> None:
     await owner.execute(
         """

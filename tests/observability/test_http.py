@@ -352,6 +352,22 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_our
     assert metrics.sample("http_requests_in_flight") == 0
 
 
+async def test_errors_are_counted_by_the_room_whose_route_it_was(observed: Api, clinic: Clinic) -> None:
+    session = await clinic.session()
+    operator = observed.as_(clinic.operator)
+    await observed.as_(session.patient).post("/appointments", json={})
+    await operator.post(f"/chat/{session.context}/messages", json={"client_message_id": "1", "body": "Hello"})
+    await observed.anonymous.get("/api/v1/me")
+    await operator.get("/nowhere")
+
+    def counted(module: str, kind: str) -> float:
+        return observed.runtime.metrics.sample("errors_total", module=module, type=kind)
+
+    assert counted("scheduling", "validation") == 1
+    assert counted("conversation", "authorization") == 1
+    assert counted("infra", "authentication") == 1
+
+
 async def test_an_exemplar_leads_from_the_latency_to_the_trace(
     make_api: MakeApi, clinic: Clinic, monkeypatch: pytest.MonkeyPatch
 ) -> None:

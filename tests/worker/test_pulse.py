@@ -1,6 +1,7 @@
 """The pulse finds due work in PostgreSQL, in time and in the right order, whatever Redis does."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -10,7 +11,8 @@ import asyncpg
 import pytest
 
 from libs.domain.conversion.report import Reporter
-from libs.domain.jobs import DispatchOutbox
+from libs.domain.doorbell import Doorbell
+from libs.domain.jobs import ConvertDue, DispatchOutbox
 from libs.domain.outbox import dead
 from libs.domain.outbox.append import address
 from libs.domain.outbox.events import Consumer, EventName, Lane
@@ -31,6 +33,13 @@ from tests.processes import until
 def runtime(clinic: Clinic, urls: Urls) -> Runtime:
     addresses: Any = {"database_url": urls.app, "redis_url": urls.redis}
     return compose(Settings(**addresses), Flags(), metrics=clinic.metrics, database=clinic.database, bell=clinic.bell)
+
+
+@pytest.fixture
+async def doorbell(clinic: Clinic, urls: Urls) -> AsyncIterator[Doorbell]:
+    doorbell = Doorbell(urls.redis, clinic.metrics)
+    yield doorbell
+    await doorbell.close()
 
 
 @pytest.fixture
@@ -154,22 +163,45 @@ async def test_it_knows_whether_it_is_well_and_whether_it_is_stuck(
     assert pulse.is_stuck
 
 
-async def test_a_worker_whose_pulse_is_not_well_does_not_say_that_it_lives(clinic: Clinic, runtime: Runtime) -> None:
+async def test_a_worker_whose_pulse_is_not_well_does_not_say_that_it_lives(
+    clinic: Clinic, runtime: Runtime, doorbell: Doorbell
+) -> None:
     async def gauge(name: str, is_well: Callable[[], bool]) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(0.5):
-                await Gauges(runtime, name, is_well).run()
+                await Gauges(runtime, doorbell, name, is_well).run()
 
     await gauge("ill", lambda: False)
     await gauge("sound", lambda: True)
     assert [row["name"] for row in await clinic.fetch("SELECT name FROM workers")] == ["sound"]
 
 
+async def test_jobs_that_nobody_takes_are_measured(clinic: Clinic, runtime: Runtime, doorbell: Doorbell) -> None:
+    async def waiting() -> float:
+        await Gauges(runtime, doorbell, "tests", lambda: True).measure()
+        return clinic.metrics.sample("worker_queue_depth", queue="arq")
+
+    before = await waiting()
+    doorbell.ring(ConvertDue())
+
+    async def arrived() -> bool:
+        return await waiting() == before + 1
+
+    await until(arrived)
+
+
+async def test_without_redis_nobody_knows_how_many_jobs_wait(clinic: Clinic, runtime: Runtime) -> None:
+    away = Doorbell("redis://127.0.0.1:1", clinic.metrics)
+    await Gauges(runtime, away, "tests", lambda: True).measure()
+    assert math.isnan(clinic.metrics.sample("worker_queue_depth", queue="arq"))
+    await away.close()
+
+
 async def test_the_outbox_is_measured_by_what_this_program_owes_and_not_by_receivers(
-    clinic: Clinic, runtime: Runtime, clock: Clock
+    clinic: Clinic, runtime: Runtime, doorbell: Doorbell, clock: Clock
 ) -> None:
     async def measured() -> tuple[float, float]:
-        await Gauges(runtime, "tests", lambda: True).measure()
+        await Gauges(runtime, doorbell, "tests", lambda: True).measure()
         gauges = [clinic.metrics.sample(name) for name in ("outbox_dispatch_lag_seconds", "outbox_dead")]
         return round(gauges[0]), gauges[1]
 

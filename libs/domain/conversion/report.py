@@ -42,10 +42,16 @@ class Reporter:
                 failure_reason=outcome.reason,
                 error_message=outcome.error_message,
                 modality=outcome.modality,
+                delay_ms=None if outcome.delay is None else round(outcome.delay * 1000, 2),
             )
         self._trace(outcomes, began_ns)
         if self._metrics is not None:
             count(self._metrics, run.task, [(o.result, o.modality, o.reason, 1) for o in outcomes])
+            if run.task == "auto_start":
+                delay = self._metrics.histogram("appointment_start_delay_seconds")
+                for outcome in outcomes:
+                    if outcome.result == "created" and outcome.delay is not None:
+                        delay.observe(outcome.delay)
 
     def finished(self, run: Run, *, dry_run: bool = False) -> None:
         _log.info(_RUN_EVENT[run.task], **run.fields(), dry_run=dry_run)

@@ -35,6 +35,7 @@ _SPANS: Final[dict[Task, str]] = {
 class Outcome(NamedTuple):
     """What became of one appointment.
 
+    `delay` is how long ago, in seconds, it became due or could be tried again; None where nobody was to try.
     `carrier` is that of whoever confirmed it; `span_id` is set when its trace is kept, and is the id
     under which the outbox row already refers to this conversion.
     """
@@ -48,6 +49,7 @@ class Outcome(NamedTuple):
     reason: str | None
     error_message: str | None
     parked: bool
+    delay: float | None
     span_id: str | None
     carrier: dict[str, str]
 
@@ -271,6 +273,7 @@ def _outcome(row: Any) -> Outcome:
         reason=row["reason"],
         error_message=row["error_message"],
         parked=row["parked"],
+        delay=row.get("delay"),
         span_id=row["span_id"],
         carrier=row["carrier"],
     )

@@ -118,6 +118,8 @@ _WRITE: Final = f"""
     outcome AS MATERIALIZED (
         SELECT j.id, j.tenant_id, j.patient_id, j.doctor_id, j.modality, j.carrier,
             j.conversion_attempts + 1 AS attempt, j.ends_at,
+            extract(epoch FROM clock() - greatest(j.starts_at, j.next_attempt_at) + clock_timestamp() - now())::float8
+                AS delay,
             c.id AS session_id, c.kind || '_session:' || c.id AS session_context,
             CASE WHEN left_alone.skip IS NOT NULL THEN 'skipped' WHEN c.id IS NULL THEN 'failed' ELSE 'created'
                 END AS result,
@@ -186,7 +188,7 @@ _WRITE: Final = f"""
     ),
     delivery AS ({deliver(f"'{LANES[EventName.SESSION_STARTED]}'")})
     SELECT o.id AS appointment_id, o.tenant_id, o.modality, o.result, o.attempt, o.session_id, o.span_id, o.carrier,
-           coalesce(o.skip, known.reason) AS reason, known.message AS error_message,
+           o.delay, coalesce(o.skip, known.reason) AS reason, known.message AS error_message,
            coalesce(b.parked, false) AS parked
     FROM outcome o LEFT JOIN known ON known.cause = o.cause LEFT JOIN backed_off b ON b.id = o.id
 """
