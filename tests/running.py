@@ -18,6 +18,7 @@ from services.api.main import open_app, server_config
 from services.api.settings import ApiSettings
 
 SECRET: Final = "a secret of tests that is long enough to be one"
+ALERTS_TOKEN: Final = "a token of tests with which alerts are sent"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ async def running_api(database_url: str, redis_url: str, **settings: Any) -> Asy
         "database_url": database_url,
         "redis_url": redis_url,
         "jwt_secret": SECRET,
+        "alerts_token": ALERTS_TOKEN,
         "metrics_allow": "127.0.0.0/8",
         "api_port": 0,
     }

@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from libs.domain.alerts import Severity
 from libs.domain.conversion.causes import FailureReason
 from libs.domain.invariants import INVARIANTS
 from libs.domain.jobs import JOBS
@@ -207,6 +208,12 @@ _BACKGROUND: Final = (
         Label("invariant", tuple(invariant.name for invariant in INVARIANTS)),
     ),
     gauge("audit_last_run_timestamp_seconds", "Unix time of the last finished audit"),
+    counter(
+        "alerts_received_total",
+        "Alerts that began to fire or were resolved, each counted once however often it is told",
+        Label("severity", tuple(Severity)),
+        Label("status", ("firing", "resolved")),
+    ),
 )
 
 CATALOGUE: Final = (*_HTTP, *_GUARD, *_SCHEDULING, *_CHAT, *_BILLING, *_LEGACY, *_CONVERSION, *_BACKGROUND)

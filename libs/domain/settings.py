@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from libs.domain.sealing import FieldKeys
 
 SECRET_MIN_BYTES: Final = 32
-"""An HS256 key shorter than its hash is easier to guess than the signature."""
+"""An HS256 key shorter than its hash is easier to guess than the signature. Other secrets are no shorter."""
 
 _POSTGRES: Final = ("postgresql://", "postgres://", "postgresql+asyncpg://")
 _REDIS: Final = ("redis://", "rediss://", "unix://")
@@ -72,6 +72,7 @@ PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
 Positive = Annotated[int, Field(gt=0)]
+LongSecret = Annotated[SecretStr, AfterValidator(_long_enough)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -108,7 +109,7 @@ class Settings(DatabaseSettings):
     pool_size: Positive = 10
     """Database connections per pool; every process has two pools."""
 
-    jwt_secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
+    jwt_secret: LongSecret | None = None
     """The HS256 key of bearer tokens, at least 32 bytes. Not used when there is a key set."""
     jwt_jwks: str | None = None
     """A JSON Web Key Set for RS256 and ES256 tokens: a path or an https address."""

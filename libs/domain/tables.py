@@ -746,3 +746,33 @@ decision_totals = Table(
     Column("flag", Text, primary_key=True),
     Column("requests", BigInteger, nullable=False),
 )
+
+# Of the platform and not of a clinic, whoever watches it; one row is one time that an alert fired.
+alerts = Table(
+    "alerts",
+    metadata,
+    _id(),
+    Column("source", Text, nullable=False),
+    # Which alert it is, in the words of its source; each time it fires, it starts anew.
+    Column("fingerprint", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("severity", Text, nullable=False),
+    Column("component", Text),
+    Column("metric", Text),
+    Column("value", Float),
+    Column("threshold", Float),
+    Column("labels", JSONB, nullable=False),
+    Column("annotations", JSONB, nullable=False),
+    _time("started_at", required=True),
+    _time("resolved_at"),
+    _time("last_seen_at", default_now=True),
+    # How often it was told, and how often that it is over.
+    Column("deliveries", Integer, nullable=False),
+    Column("resolutions", Integer, nullable=False),
+    UniqueConstraint("source", "fingerprint", "started_at"),
+    CheckConstraint("severity IN ('info', 'warning', 'high', 'critical')", name="severity"),
+    CheckConstraint("resolved_at >= started_at", name="period"),
+    CheckConstraint("(resolutions > 0) = (resolved_at IS NOT NULL) AND resolutions <= deliveries", name="resolutions"),
+    Index("alerts_firing_idx", "id", postgresql_where=text("resolved_at IS NULL")),
+    Index(None, "resolved_at"),
+)

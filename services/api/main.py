@@ -22,7 +22,8 @@ from libs.observability.exposition import MetricsAccess
 from libs.observability.http import HeadSampling, HttpTelemetry
 from libs.observability.loop import watch_loop
 from libs.observability.tracing import tracer_provider
-from services.api import errors, public
+from services.api import errors, internal, public
+from services.api.admin.alerts import router as admin_alerts
 from services.api.admin.decisions import router as decisions
 from services.api.admin.flags import router as admin_flags
 from services.api.admin.outbox import router as admin_outbox
@@ -49,6 +50,7 @@ from services.api.settings import ApiSettings, origins_of
 ROOMS: Final = (
     *(chat, sessions, billing.sessions_router, appointments, realtime, notifications, people),
     *(billing.balance_router, admin, billing.operators_router, decisions, admin_flags, admin_outbox, admin_webhooks),
+    admin_alerts,
 )
 BASE: Final = "/api/v1"
 LEGACY_BASE: Final = "/api"
@@ -89,6 +91,7 @@ def create_app(
     app.state.doorbell = doorbell
     app.state.metrics_access = access
     app.state.rooms = rooms
+    app.state.alerts_token = settings.alerts_token
     connections = Connections(runtime.metrics, per_user=settings.sockets_per_user)
     app.state.connections = connections
     app.state.handshake = Handshake(
@@ -98,11 +101,17 @@ def create_app(
         app.include_router(room, prefix=BASE)
     app.include_router(legacy.router, prefix=LEGACY_BASE)
     app.include_router(public.router)
+    app.include_router(internal.router)
     errors.install(app, runtime.metrics)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(HttpTelemetry, metrics=runtime.metrics, route_of=RouteTemplates(app), quiet=public.PROBES)
     # Around the telemetry: lingering is not latency.
-    app.add_middleware(BoundedBody, limit=settings.request_body_limit, seconds=settings.request_deadline_seconds)
+    app.add_middleware(
+        BoundedBody,
+        limit=settings.request_body_limit,
+        longer=internal.BODY_LIMITS,
+        seconds=settings.request_deadline_seconds,
+    )
     FastAPIInstrumentor.instrument_app(
         app,
         tracer_provider=tracer_provider(),

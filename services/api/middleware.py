@@ -1,6 +1,7 @@
 """What wraps every request besides the telemetry: the bounds on its body. Pure ASGI."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Final
 
 from starlette.exceptions import HTTPException
@@ -12,35 +13,38 @@ was closed while it sent."""
 
 
 class BoundedBody:
-    """Bounds what a request body may cost: bytes, and seconds until all of it has arrived.
+    """Bounds what a request body may cost: bytes (`longer` has paths with bounds of their own), and seconds until all
+    of it has arrived.
 
     Nothing is read here: whoever reads the body (after the caller is known) meets the bound as a 413 or
     408. The deadline holds for receiving alone and never cancels a handler at work. Where the answer comes before
     the end of a body that may be longer than the bound, the rest is not read: the connection is closed.
     """
 
-    def __init__(self, app: ASGIApp, *, limit: int, seconds: float) -> None:
+    def __init__(self, app: ASGIApp, *, limit: int, longer: Mapping[str, int], seconds: float) -> None:
         self._app: Final = app
         self._limit: Final = limit
+        self._longer: Final = longer
         self._seconds: Final = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = self._longer.get(scope["path"], self._limit)
         received = 0
         complete = False
         deadline = asyncio.get_running_loop().time() + self._seconds
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"")
         announced = int(length) if length.isdigit() else 0
-        endless = announced > self._limit or b"transfer-encoding" in headers
+        endless = announced > limit or b"transfer-encoding" in headers
 
         async def bounded() -> Message:
             nonlocal received, complete
             if complete:
                 return await receive()
-            if announced > self._limit:
+            if announced > limit:
                 raise HTTPException(413)
             try:
                 async with asyncio.timeout_at(deadline):
@@ -48,7 +52,7 @@ class BoundedBody:
             except TimeoutError:
                 raise HTTPException(408) from None
             received += len(message.get("body", b""))
-            if received > self._limit:
+            if received > limit:
                 raise HTTPException(413)
             complete = not message.get("more_body", False)
             return message

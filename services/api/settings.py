@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from libs.domain.settings import Positive, Settings
+from libs.domain.settings import LongSecret, Positive, Settings
 
 
 def _origins(listed: str) -> str:
@@ -35,3 +35,5 @@ class ApiSettings(Settings):
     """Origins of the web pages that may open sockets, separated by commas; programs, which have none, always may."""
     sockets_per_user: Positive = 5
     """How many sockets a user may have open at once, in each process."""
+    alerts_token: LongSecret | None = None
+    """The bearer token with which Alertmanager sends alerts, at least 32 bytes long. Default: none are accepted."""

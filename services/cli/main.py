@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "keys": "services.cli.keys:app",
     "flags": "services.cli.flags:app",
     "outbox": "services.cli.outbox:app",
+    "alerts": "services.cli.alerts:app",
     "explain": "services.cli.explain:explain",
     "audit": "services.cli.audit:audit",
     "demo": "services.cli.demo:demo",

@@ -2,14 +2,14 @@
 
 A heartbeat every second proves that a worker lives and that its pulse beats; as often, flags whose tripwire
 is crossed are turned off. Every 15 seconds the gauges are set and the backlog sampled, runs made at the
-command line are added to the counters, each exactly once, and old idempotency keys and decisions are forgotten.
+command line are added to the counters, each exactly once, and old idempotency keys, decisions and alerts are forgotten.
 """
 
 import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from libs.domain import idempotency
+from libs.domain import alerts, idempotency
 from libs.domain.conversion import monitor
 from libs.domain.conversion.report import count
 from libs.domain.decisions import log as decisions
@@ -70,6 +70,7 @@ class Gauges:
                     await self.measure()
                     await idempotency.prune(self._runtime.database)
                     await decisions.prune(self._runtime.database)
+                    await alerts.prune(self._runtime.database)
                     measured_at = loop.time()
                 await self.trip_flags()
             except Exception as error:

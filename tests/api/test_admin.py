@@ -180,6 +180,7 @@ async def test_nobody_else_administers(api: Api, clinic: Clinic) -> None:
             await client.get("/admin/rollout"),
             await client.get("/admin/decisions"),
             await client.get("/admin/audit-log"),
+            await client.get("/admin/alerts"),
         ):
             problem(response, 403, "ROLE_NOT_ALLOWED")
     assert await clinic.fetchval("SELECT count(*) FROM users WHERE active") == len([clinic.operator, patient, *callers])

@@ -71,6 +71,8 @@ async def test_no_query_is_read_as_something_else(api: Api, clinic: Clinic, owne
                 for value in BAD_IDS:
                     if name.endswith("_seq") and value == "0":
                         continue  # Before the first message; no id.
+                    if name == "component" and value in ("x", "null", "true"):
+                        continue  # May be called anything.
                     sent = value if "%" in value else quote(value)
                     body = await call.refused(api, f"{call.path()}?{name}={sent}")
                     assert [error["pointer"] for error in body["errors"]] == [f"/{name}"], value

@@ -51,6 +51,15 @@ async def add_deed(clinic: Clinic) -> int:
     return entry_id
 
 
+async def add_alert(clinic: Clinic) -> int:
+    alert_id: int = await clinic.fetchval(
+        "INSERT INTO alerts (source, fingerprint, name, severity, labels, annotations, started_at, deliveries,"
+        " resolutions) VALUES ('test', gen_random_uuid(), 'OutboxLag', 'critical', '{}', '{}', clock(), 1, 0)"
+        " RETURNING id"
+    )
+    return alert_id
+
+
 LISTS = {
     "/doctors": add_doctor,
     "/appointments": add_appointment,
@@ -58,6 +67,7 @@ LISTS = {
     "/notifications": add_notification,
     "/admin/decisions": add_decision,
     "/admin/audit-log": add_deed,
+    "/admin/alerts": add_alert,
 }
 
 

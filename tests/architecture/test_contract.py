@@ -182,6 +182,7 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "doorbell_failures_total": ("counter", {}),
     "audit_violations": ("gauge", {"invariant": INVARIANTS}),
     "audit_last_run_timestamp_seconds": ("gauge", {}),
+    "alerts_received_total": ("counter", {"severity": "info warning high critical", "status": "firing resolved"}),
     "asyncio_tasks": ("gauge", {}),
     "asyncio_loop_lag_seconds": ("histogram", {}),
     "process_cpu_limit_cores": ("gauge", {}),
@@ -239,6 +240,9 @@ LOG_EVENTS = {
     "audit_violation": "invariant violations examples",
     "audit_failed": "exception_type",
     "cron_failed": "exception_type task",
+    "alert_received": "alert severity alert_component fingerprint started_at",
+    "alert_resolved": "alert severity alert_component fingerprint started_at resolved_at",
+    "alerts_not_understood": "number kept",
     "doorbell_lost": "exception_type",
     "flag_environment_shadowed": "flag tenant_id target environment",
     "flag_tripped": "flag tenant_id requests refused",
@@ -319,6 +323,7 @@ ROUTES = {
     "GET /api/v1/admin/rollout",
     "GET /api/v1/admin/decisions",
     "GET /api/v1/admin/audit-log",
+    "GET /api/v1/admin/alerts",
     "GET /api/v1/admin/flags",
     "PUT /api/v1/admin/flags/{flag}",
     "GET /api/v1/admin/outbox/dead",
@@ -367,6 +372,8 @@ BODIES = {
     "DecisionOut": "id at operation identifier appointment_id session_id user_id role client verdict reason flag flags"
     " correlation_id",
     "AuditEntryOut": "id at actor_id action subject details correlation_id",
+    "AlertOut": "id source fingerprint status name severity component metric value threshold labels annotations"
+    " started_at resolved_at last_seen_at deliveries",
     "DeadDeliveryOut": "id event_id event_name consumer aggregate attempts last_error response_status occurred_at"
     " dead_at",
     "RegisterWebhook": "url description events",

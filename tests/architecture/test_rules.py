@@ -123,8 +123,8 @@ def test_the_linter_refuses_bare_routers_and_middleware_that_leaks(code: str) ->
         assert "TID251" in ruff(code, path), path
 
 
-@pytest.mark.parametrize("path", ["services/api/guards.py", "services/api/public.py"])
-def test_the_two_makers_of_routers_may_make_them(path: str) -> None:
+@pytest.mark.parametrize("path", ["services/api/guards.py", "services/api/public.py", "services/api/internal.py"])
+def test_the_makers_of_routers_may_make_them(path: str) -> None:
     assert ruff("from fastapi import APIRouter\n\nrouter = APIRouter()\n", path) == []
 
 
@@ -141,7 +141,11 @@ def test_nobody_else_makes_routers_by_any_name() -> None:
         return None
 
     assert sees(routers, "from fastapi.routing import APIRouter as R")
-    assert {path for path, _, _ in everywhere(routers)} == {"services/api/guards.py", "services/api/public.py"}
+    assert {path for path, _, _ in everywhere(routers)} == {
+        "services/api/guards.py",
+        "services/api/public.py",
+        "services/api/internal.py",
+    }
 
 
 async def test_no_middleware_is_of_the_kind_that_leaks(api: Api) -> None:

@@ -26,6 +26,7 @@ SWEPT = {
     "webhook_secrets": {"INSERT", "UPDATE", "DELETE"},
     "decision_totals": {"INSERT", "UPDATE", "DELETE"},
     "cron_runs": {"INSERT", "DELETE"},
+    "alerts": {"INSERT", "UPDATE", "DELETE"},
 }
 
 PRIVILEGES = """
