@@ -16,7 +16,6 @@ from tests.deploy.monitoring import Prometheus, installed, running_alertmanager,
 from tests.processes import ApiProcess, free_port, running_api_process, running_worker, until
 from tests.servers import copy_of, url_of
 
-
 RATES = "count(count_over_time(up[1m]) > 2) == 4"
 """True when every target was scraped often enough for rates."""
 
