@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from deploy.generate.alerts import ALERTS
 from deploy.generate.documents import as_yaml
 from deploy.generate.prometheus import API
 
@@ -13,6 +14,10 @@ def _webhook(name: str, url: str) -> dict[str, Any]:
     credentials = {"type": "Bearer", "credentials_file": f"{TOKENS}/{name}"}
     sent = {"url": url, "send_resolved": True, "http_config": {"authorization": credentials}}
     return {"name": name, "webhook_configs": [sent]}
+
+
+def _inhibited(more: str, less: str) -> dict[str, Any]:
+    return {"source_matchers": [f"alertname={more}"], "target_matchers": [f"alertname={less}"]}
 
 
 CONFIG: Final = {
@@ -33,6 +38,12 @@ CONFIG: Final = {
             "target_matchers": ['severity="warning"'],
             "equal": ["alertname", "slo"],
         },
+        *(
+            _inhibited(alert.name, alert.supersedes)
+            for alerts in ALERTS.values()
+            for alert in alerts
+            if alert.supersedes
+        ),
     ],
     "receivers": [
         _webhook("api", f"http://{API}/internal/alerts"),

@@ -2,7 +2,9 @@
 
 from typing import Any, Final
 
+from deploy.generate.alerts import ALERTS
 from deploy.generate.documents import as_yaml
+from deploy.generate.objectives import OBJECTIVES
 from libs.domain.catalogue import CATALOGUE
 from libs.observability import rules
 from libs.observability.catalogue import OWN
@@ -12,6 +14,10 @@ from services.worker.settings import WorkerSettings
 
 RULES: Final = {
     "aliases": (rules.aliases((*OWN, *CATALOGUE)),),
+    "objectives": tuple(
+        Group(f"slo-{objective.name}", (*objective.recordings(), *objective.alerts())) for objective in OBJECTIVES
+    ),
+    "alerts": tuple(Group(name, alerts) for name, alerts in ALERTS.items()),
 }
 """The groups of each rule file."""
 

@@ -82,7 +82,7 @@ class Alert:
             "description": self.description,
             "runbook": self.runbook,
             "metric": self.metric,
-            "value": "{{ $value }}",
+            "value": '{{ $value | printf "%.6g" }}',
             "threshold": self.threshold,
         }
 
@@ -161,7 +161,8 @@ class Objective:
     """A service level objective: the share `target` of all events is to be good.
 
     `bad` and `events` are PromQL for the rate of bad events and of all events, without labels, in which `$window`
-    stands for the range; `bad` must answer 0 and not nothing when there are none.
+    stands for the range; `bad` must answer 0 and not nothing when there are none. `failing` says which events are
+    bad, such as "requests fail". Raises ValueError when the budget is so large that it cannot burn fast enough.
     """
 
     name: str
@@ -170,8 +171,7 @@ class Objective:
     events: str
     component: str
     metric: str
-    summary: str
-    bad_are: str
+    failing: str
     runbook: str
 
     def __post_init__(self) -> None:
@@ -215,9 +215,8 @@ class Objective:
             severity=severity,
             component=self.component,
             metric=self.metric,
-            summary=self.summary,
-            description=f"{{{{ $value | humanizePercentage }}}} of late are {self.bad_are}; the objective allows "
-            f"{self.budget:.6g} in 1.",
+            summary=f"The error budget of {self.name} burns too fast",
+            description=f"{{{{ $value | humanizePercentage }}}} of {self.failing}; {100 * self.budget:g}% may.",
             runbook=self.runbook,
             lasting=lasting,
             labels={"slo": self.name},
