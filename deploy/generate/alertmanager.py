@@ -12,7 +12,8 @@ TOKENS: Final = "/etc/alertmanager/secrets"
 
 def _webhook(name: str, url: str) -> dict[str, Any]:
     credentials = {"type": "Bearer", "credentials_file": f"{TOKENS}/{name}"}
-    sent = {"url": url, "send_resolved": True, "http_config": {"authorization": credentials}}
+    # The API accepts 2 MiB, which is some 2,000 alerts.
+    sent = {"url": url, "send_resolved": True, "max_alerts": 1000, "http_config": {"authorization": credentials}}
     return {"name": name, "webhook_configs": [sent]}
 
 

@@ -36,6 +36,13 @@ def document(case: Case) -> dict[str, Any]:
     }
 
 
+def test_prometheus_and_alertmanager_accept_their_configurations() -> None:
+    promtool("check", "config", "prometheus/prometheus.yml")
+    check = [installed("amtool"), "check-config", "alertmanager/alertmanager.yml"]
+    said = subprocess.run(check, cwd=DEPLOY, capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
 def run(rules: str, tests: list[dict[str, Any]], folder: Path) -> None:
     """Has the rules of one generated file tested."""
     file = folder / "tests.yml"
