@@ -297,6 +297,17 @@ PLATFORM: Final = (
         runbook="docs/runbooks/target-down.md",
     ),
     Alert(
+        name="MemoryNearLimit",
+        expr="process_resident_memory_bytes / process_memory_limit_bytes > 0.9",
+        lasting="10m",
+        severity="high",
+        component="process",
+        metric="process_resident_memory_bytes",
+        summary="A process may be killed for want of memory",
+        description="{{ $labels.instance }} uses {{ $value | humanizePercentage }} of its memory.",
+        runbook="docs/runbooks/target-down.md",
+    ),
+    Alert(
         name="DbSaturation",
         expr="db_connections_in_use / db_connections_max > 0.8",
         lasting="10m",

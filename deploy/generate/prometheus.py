@@ -14,9 +14,7 @@ from services.worker.settings import WorkerSettings
 
 RULES: Final = {
     "aliases": (rules.aliases((*OWN, *CATALOGUE)),),
-    "objectives": tuple(
-        Group(f"slo-{objective.name}", (*objective.recordings(), *objective.alerts())) for objective in OBJECTIVES
-    ),
+    "objectives": tuple(group for objective in OBJECTIVES for group in objective.groups()),
     "alerts": tuple(Group(name, alerts) for name, alerts in ALERTS.items()),
 }
 """The groups of each rule file."""

@@ -94,13 +94,15 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rules that are evaluated one after the other, as of the same moment."""
+    """Rules that are evaluated one after the other, as of the same moment; every `interval`, where it is said."""
 
     name: str
     rules: tuple[Recording | Alert, ...]
+    interval: str | None = None
 
     def document(self) -> dict[str, Any]:
-        return {"name": self.name, "rules": [rule.document() for rule in self.rules]}
+        interval = {"interval": self.interval} if self.interval else {}
+        return {"name": self.name, **interval, "rules": [rule.document() for rule in self.rules]}
 
 
 def document(groups: Iterable[Group]) -> dict[str, Any]:
@@ -150,7 +152,11 @@ PAGE: Final = (Burn(14.4, "5m", "1h"), Burn(6, "30m", "6h"))
 TICKET: Final = (Burn(3, "2h", "1d"), Burn(1, "6h", "3d"))
 """10 % of the budget in a day, or in three."""
 
-WINDOWS: Final = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
+WINDOWS: Final = ("5m", "30m", "1h", "2h")
+LONG_WINDOWS: Final = ("6h", "1d", "3d")
+"""Those of the error ratios. What a long one says changes slowly, and takes long to compute."""
+
+LONG_INTERVAL: Final = "2m"
 
 COUNTED: Final = {"30m": 1800, "6h": 21600}
 """The windows over which events are counted for the page and for the ticket, in seconds."""
@@ -184,24 +190,31 @@ class Objective:
         """The share of events that may be bad."""
         return round(1 - self.target, 9)
 
-    def recordings(self) -> tuple[Recording, ...]:
-        """`slo:error_ratio:rate5m{slo="…"}` and so on for all `WINDOWS`; how many events there were; the target."""
+    def groups(self) -> tuple[Group, Group]:
+        """The alerts, and what they rest on: `slo:error_ratio:rate5m{slo="…"}` and so on for all windows,
+        `slo:events:increase30m` and `…6h`, and the target as `slo:objective:ratio`."""
         labels = {"slo": self.name}
-        return (
+        now: tuple[Recording | Alert, ...] = (
+            *map(self._ratio, WINDOWS),
             *(
-                Recording(f"slo:error_ratio:rate{window}", f"{self._bad(window)}\n/\n{self._all(window)}", labels)
-                for window in WINDOWS
-            ),
-            *(
-                Recording(f"slo:events:increase{window}", f"{seconds} * {self._all(window)}", labels)
+                Recording(f"slo:events:increase{window}", f"{seconds} * {_over(self.events, window)}", labels)
                 for window, seconds in COUNTED.items()
             ),
             Recording("slo:objective:ratio", f"vector({self.target:g})", labels),
+            *self.alerts(),
+        )
+        return (
+            Group(f"slo-{self.name}", now),
+            Group(f"slo-{self.name}-long", tuple(map(self._ratio, LONG_WINDOWS)), LONG_INTERVAL),
         )
 
     def alerts(self) -> tuple[Alert, Alert]:
         """The pair that watches the budget: a page when it would be gone within days, a ticket when within weeks."""
         return self._alert("critical", PAGE, "2m", "30m"), self._alert("warning", TICKET, "15m", "6h")
+
+    def _ratio(self, window: str) -> Recording:
+        expr = f"{_over(self.bad, window)}\n/\n{_over(self.events, window)}"
+        return Recording(f"slo:error_ratio:rate{window}", expr, {"slo": self.name})
 
     def _alert(self, severity: Severity, burns: tuple[Burn, ...], lasting: str, counted: str) -> Alert:
         burning = "\nor\n".join(
@@ -226,8 +239,6 @@ class Objective:
     def _selector(self) -> str:
         return f'{{slo="{self.name}"}}'
 
-    def _bad(self, window: str) -> str:
-        return self.bad.replace("$window", window)
 
-    def _all(self, window: str) -> str:
-        return self.events.replace("$window", window)
+def _over(rate: str, window: str) -> str:
+    return rate.replace("$window", window)

@@ -61,6 +61,7 @@ async def running_prometheus(folder: Path, addresses: Mapping[str, str]) -> Asyn
     for path in (DEPLOY / "prometheus/rules").iterdir():
         document = yaml.safe_load(path.read_text())
         for group in document["groups"]:
+            group.pop("interval", None)
             for rule in group["rules"]:
                 rule.pop("for", None)
         (folder / "rules" / path.name).write_text(yaml.safe_dump(document))

@@ -10,7 +10,8 @@ import yaml
 from deploy.generate.alerts import ALERTS
 from deploy.generate.objectives import OBJECTIVES
 from libs.observability.rules import Alert, Objective
-from tests.deploy.cases import CASES, Case, Firing, Quiet
+from tests.deploy.cases import CASES
+from tests.deploy.cases.case import Case, Firing, Quiet
 from tests.deploy.monitoring import DEPLOY, installed
 
 BY_NAME = {alert.name: alert for alerts in ALERTS.values() for alert in alerts}

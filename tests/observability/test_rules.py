@@ -91,9 +91,19 @@ def test_an_objective_is_paged_for_by_two_windows_and_only_with_enough_events() 
     ]
     assert (page.severity, ticket.severity) == ("critical", "warning")
     assert page.own_labels["slo"] == "doors"
-    recorded = {rule.record: rule.expr for rule in objective(0.99).recordings()}
-    assert recorded["slo:error_ratio:rate3d"] == "sum(rate(a[3d]))\n/\nsum(rate(b[3d]))"
-    assert recorded["slo:objective:ratio"] == "vector(0.99)"
+
+
+def test_an_objective_records_how_much_fails_over_each_window_and_what_was_promised() -> None:
+    now, slow = objective(0.99).groups()
+    recorded = {rule.record: rule for group in (now, slow) for rule in group.rules if isinstance(rule, Recording)}
+    ratios = [name.removeprefix("slo:error_ratio:rate") for name in recorded if "error_ratio" in name]
+    assert ratios == ["5m", "30m", "1h", "2h", "6h", "1d", "3d"]
+    assert recorded["slo:error_ratio:rate3d"].expr == "sum(rate(a[3d]))\n/\nsum(rate(b[3d]))"
+    assert recorded["slo:events:increase30m"].expr == "1800 * sum(rate(b[30m]))"
+    assert recorded["slo:objective:ratio"].expr == "vector(0.99)"
+    assert all(rule.labels == {"slo": "doors"} for rule in recorded.values())
+    assert now.rules[-2:] == objective(0.99).alerts()
+    assert (now.interval, slow.document()["interval"]) == (None, "2m")
 
 
 @pytest.mark.parametrize("target", [0.9, 1.0, 1.5])
