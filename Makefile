@@ -11,10 +11,10 @@ PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup up demo test format lint types imports pytest bench load storm lock clean
+.PHONY: help setup up demo test generate format lint types imports pytest obs-check bench load storm lock clean
 
 help: ## List these commands
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 setup: $(VENV)/.run ## Make the environment; `up` and `test` do so by themselves
 
@@ -25,6 +25,9 @@ demo: $(VENV)/.run ## Tell the story step by step, against a running `make up`
 	@$(BIN)/sessiongate demo $(ARGS)
 
 test: lint types imports pytest ## Check style, types and import contracts, and run all tests
+
+generate: $(VENV)/.dev ## Write what in deploy/ and docs/ follows from the program
+	$(BIN)/python -m deploy.generate
 
 format: $(VENV)/.dev ## Bring the source into shape
 	$(BIN)/ruff check --quiet --fix
@@ -42,6 +45,9 @@ imports: $(VENV)/.dev
 
 pytest: $(VENV)/.dev
 	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile
+
+obs-check: $(VENV)/.dev ## Check rules, boards and runbooks, and run them beside an API and a worker
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile tests/deploy
 
 bench: $(VENV)/.dev ## Measure and print tables; ONLY=name for one of them
 	$(BIN)/python -m tests.benchmarks $(ONLY)

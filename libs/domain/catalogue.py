@@ -110,6 +110,7 @@ _SCHEDULING: Final = (
         "booking_post_own_duration_seconds",
         "POST booking duration minus awaited third-party time",
         source_alias="booking_post_p95_ms",
+        alias_expr="1000 * histogram_quantile(0.95, sum by (le) (rate(booking_post_own_duration_seconds_bucket[5m])))",
     ),
     counter("scheduling_book_conflict_total", "Booking conflicts"),
 )

@@ -44,7 +44,7 @@ class Label:
 class MetricSpec:
     """One metric. `combinations` lists the label values that really occur together, where the product of
     all closed sets would be mostly nonsense; None means the whole product. `source_alias` is the name
-    under which a recording rule answers as well."""
+    under which a recording rule answers as well: with `alias_expr` or, without one, with a summary in ms."""
 
     name: str
     kind: Kind
@@ -53,6 +53,7 @@ class MetricSpec:
     buckets: tuple[float, ...] = ()
     combinations: tuple[tuple[str, ...], ...] | None = None
     source_alias: str | None = None
+    alias_expr: str | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -61,6 +62,9 @@ class MetricSpec:
             raise ValueError(f"{self.name}: counters, and only counters, end in _total.")
         if self.kind == "histogram" and not (self.buckets and self.name.endswith(_UNITS)):
             raise ValueError(f"{self.name}: a histogram has buckets and ends in its base unit.")
+        in_seconds = self.kind == "histogram" and self.name.endswith("_seconds")
+        if self.source_alias and not (self.alias_expr or (in_seconds and self.source_alias.endswith("_ms"))):
+            raise ValueError(f"{self.name}: only a histogram in seconds is a summary in milliseconds as well.")
         for values in self.combinations or ():
             if len(values) != len(self.labels) or not all(map(Label.has, self.labels, values)):
                 raise ValueError(f"{self.name}: {values} are not values of its labels.")
@@ -83,8 +87,14 @@ def counter(
     return MetricSpec(name, "counter", help, labels, combinations=listed)
 
 
-def gauge(name: str, help: str, *labels: Label) -> MetricSpec:  # noqa: A002
-    return MetricSpec(name, "gauge", help, labels)
+def gauge(
+    name: str,
+    help: str,  # noqa: A002
+    *labels: Label,
+    source_alias: str | None = None,
+    alias_expr: str | None = None,
+) -> MetricSpec:
+    return MetricSpec(name, "gauge", help, labels, source_alias=source_alias, alias_expr=alias_expr)
 
 
 def histogram(
@@ -93,8 +103,9 @@ def histogram(
     *labels: Label,
     buckets: tuple[float, ...] = DURATION_BUCKETS,
     source_alias: str | None = None,
+    alias_expr: str | None = None,
 ) -> MetricSpec:
-    return MetricSpec(name, "histogram", help, labels, buckets, source_alias=source_alias)
+    return MetricSpec(name, "histogram", help, labels, buckets, source_alias=source_alias, alias_expr=alias_expr)
 
 
 OWN: Final = (
@@ -116,7 +127,17 @@ OWN: Final = (
         "Event-loop lag",
         buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0),
     ),
-    gauge("process_cpu_limit_cores", "CPU quota of this process group"),
-    gauge("process_memory_limit_bytes", "Memory limit of this process group"),
+    gauge(
+        "process_cpu_limit_cores",
+        "CPU quota of this process group",
+        source_alias="cpu_utilization_percent",
+        alias_expr="100 * rate(process_cpu_seconds_total[5m]) / process_cpu_limit_cores",
+    ),
+    gauge(
+        "process_memory_limit_bytes",
+        "Memory limit of this process group",
+        source_alias="memory_utilization_percent",
+        alias_expr="100 * process_resident_memory_bytes / process_memory_limit_bytes",
+    ),
 )
 """What the library itself emits; every registry has it."""

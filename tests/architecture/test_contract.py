@@ -10,6 +10,8 @@ from typing import Any, get_args
 import orjson
 import pytest
 
+from deploy.generate import prometheus
+from deploy.generate.objectives import OBJECTIVES
 from libs.domain.catalogue import CATALOGUE
 from libs.domain.conversion.report import Reporter
 from libs.domain.outbox.append import append
@@ -19,6 +21,7 @@ from libs.domain.settings import FlagSettings
 from libs.domain.transaction import transaction
 from libs.guardrails import OPERATIONS, Flag, Reason
 from libs.observability.catalogue import OWN
+from libs.observability.rules import Alert
 from services.api.errors import STATUS
 from services.api.realtime.frames import ClientFrame, ServerFrame
 from tests.architecture.test_rules import ROOT, sources
@@ -274,6 +277,18 @@ SPANS = {
     "arq.job {job.name}",
 }
 
+# By how urgent they are; the budgets of objectives are told by pages and by tickets.
+ALERTS = {
+    "critical": "AppointmentsDueBacklogCritical AppointmentConversionStalled AppointmentConversionJobMissing"
+    " AppointmentConversionFailureRateCritical BillingBlocked LegacyTriggerProcessedSessionAppointment OutboxLag"
+    " TargetDown ApiMissing DbSaturation AuditViolations SLOErrorBudgetBurn",
+    "high": "AppointmentsNeedAttention FlagTripped HighErrorRate OutboxDead WebhookDeliveriesFailing MemoryNearLimit"
+    " AlertDeliveryFailing",
+    "warning": "AppointmentsDueBacklog AppointmentConversionFailureRate ChatBlockedRatio GuardDecisionsDropped"
+    " HighResponseTime EventLoopLag AuthFailures ChatConnectionSuccessLow WebhookDestinationForbidden DoorbellFailures"
+    " AuditNotRunning LogLinesDropped SLOErrorBudgetBurn",
+}
+OBJECTIVES_OF_SERVICE = "availability booking sessions_on_time"
 ROUTES = {
     "GET /healthz",
     "GET /readyz",
@@ -437,6 +452,13 @@ def test_operators_are_told_of_every_metric_log_event_and_span() -> None:
     assert set(LOG_EVENTS) - words == set()
     spelled = {"{consumer}.deliver": "notifications.deliver", "arq.job {job.name}": "arq.job {name}"}
     assert {spelled.get(span, span) for span in SPANS} - words == set()
+
+
+def test_alerts_keep_their_names_and_how_urgent_they_are() -> None:
+    rules = [rule for group in prometheus.groups() for rule in group.rules if isinstance(rule, Alert)]
+    named = {severity: {rule.name for rule in rules if rule.severity == severity} for severity in ALERTS}
+    assert named == {severity: set(names.split()) for severity, names in ALERTS.items()}
+    assert [objective.name for objective in OBJECTIVES] == OBJECTIVES_OF_SERVICE.split()
 
 
 def calls(*functions: str) -> Iterator[ast.Call]:

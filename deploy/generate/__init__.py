@@ -1,0 +1,1 @@
+"""What in deploy/ and docs/ follows from the program, so that nobody has to keep it in step by hand."""

@@ -1,0 +1,117 @@
+"""Cases of appointments becoming sessions."""
+
+from typing import Final
+
+from tests.deploy.cases.case import Case, Firing, Quiet
+
+CONVERSION: Final[tuple[Case, ...]] = (
+    Firing(
+        "AppointmentsDueBacklog",
+        {'appointments_due_count{job="api"}': "0+0x10", 'appointments_due_count{job="worker"}': "11+0x10"},
+        after=6,
+        says="11 confirmed appointments are due and have no session.",
+        value="11",
+    ),
+    Quiet("AppointmentsDueBacklog", {"appointments_due_count": "10+0x30"}, after=30),
+    Quiet("AppointmentsDueBacklog", {"appointments_due_count": "0 0 40 40 40 0 0 0"}, after=7),
+    Firing(
+        "AppointmentsDueBacklogCritical",
+        {"appointments_due_count": "51+0x10"},
+        after=6,
+        says="51 confirmed appointments are due and have no session.",
+        value="51",
+    ),
+    Quiet("AppointmentsDueBacklogCritical", {"appointments_due_count": "50+0x30"}, after=30),
+    Firing(
+        "AppointmentConversionStalled",
+        {"appointments_due_count": "0+1x20", "appointment_sessions_created_total": "7+0x20"},
+        after=15,
+        says="5 more appointments are due than five minutes ago, and no session was created.",
+        value="5",
+    ),
+    Quiet(
+        "AppointmentConversionStalled",
+        {"appointments_due_count": "0+1x30", "appointment_sessions_created_total": "7+1x30"},
+        after=30,
+    ),
+    Quiet(
+        "AppointmentConversionStalled",
+        {"appointments_due_count": "9+0x30", "appointment_sessions_created_total": "7+0x30"},
+        after=30,
+    ),
+    Firing(
+        "AppointmentConversionJobMissing",
+        {'appointment_conversion_last_run_timestamp_seconds{task="auto_start"}': "0+60x10 600+0x10"},
+        after=18,
+        says="No worker has looked for due appointments within five minutes.",
+        value="480",
+    ),
+    Firing(
+        "AppointmentConversionJobMissing",
+        {},
+        after=10,
+        says="No worker has looked for due appointments within five minutes.",
+        value="600",
+    ),
+    Quiet(
+        "AppointmentConversionJobMissing",
+        {
+            'appointment_conversion_last_run_timestamp_seconds{task="auto_start"}': "0+60x30",
+            'appointment_conversion_last_run_timestamp_seconds{task="auto_start",job="api"}': "0+0x30",
+        },
+        after=30,
+    ),
+    Firing(
+        "AppointmentConversionFailureRate",
+        {
+            'appointment_session_conversion_attempted_total{task="auto_start"}': "0+100x20",
+            'appointment_session_conversion_failed_total{reason="db_update_failed"}': "0+1x20",
+            'appointment_session_conversion_failed_total{reason="unknown_error"}': "0+2x20",
+        },
+        after=15,
+        says="3% of conversions failed over ten minutes.",
+        value="0.03",
+    ),
+    Quiet(
+        "AppointmentConversionFailureRate",
+        {
+            'appointment_session_conversion_attempted_total{task="auto_start"}': "0+100x20",
+            'appointment_session_conversion_failed_total{reason="unknown_error"}': "0+2x20",
+        },
+        after=15,
+    ),
+    Quiet(
+        "AppointmentConversionFailureRate",
+        {
+            'appointment_session_conversion_attempted_total{task="auto_start"}': "5+0x20",
+            'appointment_session_conversion_failed_total{reason="unknown_error"}': "5+0x20",
+        },
+        after=15,
+    ),
+    Firing(
+        "AppointmentConversionFailureRateCritical",
+        {
+            'appointment_session_conversion_attempted_total{task="auto_start"}': "0+100x10",
+            'appointment_session_conversion_failed_total{reason="unknown_error"}': "0+11x10",
+        },
+        after=10,
+        says="11% of conversions failed over five minutes.",
+        value="0.11",
+    ),
+    Quiet(
+        "AppointmentConversionFailureRateCritical",
+        {
+            'appointment_session_conversion_attempted_total{task="auto_start"}': "0+100x10",
+            'appointment_session_conversion_failed_total{reason="unknown_error"}': "0+10x10",
+        },
+        after=10,
+    ),
+    Firing(
+        "AppointmentsNeedAttention",
+        {"appointments_needs_attention": "2+0x10"},
+        after=6,
+        says="The conversion of 2 appointments has failed too often, and waits for an operator.",
+        value="2",
+    ),
+    Quiet("AppointmentsNeedAttention", {"appointments_needs_attention": "0+0x10"}, after=10),
+)

@@ -1,0 +1,102 @@
+"""Cases of processes, the database and what watches both."""
+
+from typing import Final
+
+from tests.deploy.cases.case import Case, Firing, Quiet
+
+PLATFORM: Final[tuple[Case, ...]] = (
+    Firing(
+        "TargetDown",
+        {'up{job="worker",instance="worker:9101"}': "1 1 0 0 0 0", 'up{job="api",instance="api:8000"}': "1+0x5"},
+        after=4,
+        says="worker at worker:9101 tells no metrics.",
+        value="0",
+        labels=(("job", "worker"), ("instance", "worker:9101")),
+    ),
+    Quiet("TargetDown", {'up{job="worker",instance="worker:9101"}': "1 1 0 0 1 1 1"}, after=6),
+    Firing(
+        "ApiMissing",
+        {'build_info{service="sessiongate-worker"}': "1+0x10"},
+        after=3,
+        says="Prometheus knows of no API at all.",
+        value="0",
+    ),
+    Quiet("ApiMissing", {'build_info{service="sessiongate-api"}': "1+0x10"}, after=10),
+    Firing(
+        "MemoryNearLimit",
+        {
+            'process_resident_memory_bytes{job="api",instance="api:8000"}': "475+0x20",
+            'process_memory_limit_bytes{job="api",instance="api:8000"}': "500+0x20",
+        },
+        after=12,
+        says="api:8000 uses 95% of its memory.",
+        value="0.95",
+        labels=(("job", "api"), ("instance", "api:8000")),
+    ),
+    Quiet(
+        "MemoryNearLimit",
+        {
+            'process_resident_memory_bytes{job="api",instance="api:8000"}': "450+0x20",
+            'process_memory_limit_bytes{job="api",instance="api:8000"}': "500+0x20",
+        },
+        after=20,
+    ),
+    Firing(
+        "DbSaturation",
+        {
+            'db_connections_in_use{pool="api",instance="api:8000"}': "17+0x20",
+            'db_connections_max{pool="api",instance="api:8000"}': "20+0x20",
+        },
+        after=11,
+        says="85% of the connections of api:8000 are in use.",
+        value="0.85",
+        labels=(("pool", "api"), ("instance", "api:8000")),
+    ),
+    Quiet(
+        "DbSaturation",
+        {
+            'db_connections_in_use{pool="api",instance="api:8000"}': "16+0x20",
+            'db_connections_max{pool="api",instance="api:8000"}': "20+0x20",
+            'db_connections_in_use{pool="worker",instance="api:8000"}': "0+0x20",
+            'db_connections_max{pool="worker",instance="api:8000"}': "0+0x20",
+        },
+        after=20,
+    ),
+    Firing(
+        "AuditViolations",
+        {'audit_violations{invariant="ledger_sums_to_zero"}': "3+0x5"},
+        after=1,
+        says="3 rows violate ledger_sums_to_zero.",
+        value="3",
+        labels=(("invariant", "ledger_sums_to_zero"),),
+    ),
+    Quiet("AuditViolations", {'audit_violations{invariant="ledger_sums_to_zero"}': "0+0x5"}, after=5),
+    Firing(
+        "AuditNotRunning",
+        {"audit_last_run_timestamp_seconds": "0+0x120"},
+        after=91,
+        says="The last audit ended more than an hour ago, or there was none.",
+        value="5460",
+    ),
+    Quiet("AuditNotRunning", {"audit_last_run_timestamp_seconds": "0+60x60 3600+0x60"}, after=120),
+    Firing(
+        "LogLinesDropped",
+        {'obs_log_lines_dropped_total{level="routine",job="api"}': "0 0 0 0 0 0 0 0 0 0 5 5"},
+        after=11,
+        says="api has lost 5 lines (routine).",
+        value="5",
+        labels=(("level", "routine"), ("job", "api")),
+    ),
+    Quiet("LogLinesDropped", {'obs_log_lines_dropped_total{level="routine",job="api"}': "5+0x20"}, after=20),
+    Firing(
+        "AlertDeliveryFailing",
+        {'alertmanager_notifications_failed_total{integration="webhook"}': "0 0 0 0 0 0 0 0 0 0 2 2"},
+        after=11,
+        says="Alertmanager failed 2 times to tell a webhook.",
+        value="2",
+        labels=(("integration", "webhook"),),
+    ),
+    Quiet(
+        "AlertDeliveryFailing", {'alertmanager_notifications_failed_total{integration="webhook"}': "2+0x20"}, after=20
+    ),
+)

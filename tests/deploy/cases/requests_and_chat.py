@@ -1,0 +1,98 @@
+"""Cases of HTTP and of sockets."""
+
+from typing import Final
+
+from tests.deploy.cases.case import Case, Firing, Quiet
+
+PROBES: Final = 'route="/healthz",method="GET",status="200"'
+
+
+def _requests(status: str, values: str) -> dict[str, str]:
+    return {
+        f'http_request_duration_seconds_count{{route="/api/v1/me",method="GET",status="{status}"}}': values,
+        f"http_request_duration_seconds_count{{{PROBES}}}": "0+1000x60",
+    }
+
+
+def _durations(metric: str, labels: str, *, below: str, above: str, many: int) -> dict[str, str]:
+    """So many observations a minute, all of them between two bounds of the histogram."""
+    return {
+        f'{metric}_bucket{{{labels}le="{below}"}}': "0+0x60",
+        f'{metric}_bucket{{{labels}le="{above}"}}': f"0+{many}x60",
+        f'{metric}_bucket{{{labels}le="+Inf"}}': f"0+{many}x60",
+    }
+
+
+REQUESTS_AND_CHAT: Final[tuple[Case, ...]] = (
+    Firing(
+        "HighErrorRate",
+        _requests("200", "0+94x60") | _requests("500", "0+4x60") | _requests("503", "0+2x60"),
+        after=15,
+        says="6% of requests were answered with 5xx.",
+        value="0.06",
+    ),
+    Quiet("HighErrorRate", _requests("200", "0+95x60") | _requests("500", "0+5x60"), after=30),
+    Quiet("HighErrorRate", _requests("200", "0+50x60") | _requests("400", "0+50x60"), after=30),
+    # Half of the requests are quick, and probes do not count.
+    Firing(
+        "HighResponseTime",
+        _durations("http_request_duration_seconds", 'route="/api/v1/me",', below="2.5", above="5.0", many=10)
+        | _durations("http_request_duration_seconds", 'route="/healthz",', below="0.0", above="0.005", many=1000),
+        after=15,
+        says="One request in twenty takes longer than 4.875s.",
+        value="4.875",
+    ),
+    Quiet(
+        "HighResponseTime",
+        _durations("http_request_duration_seconds", 'route="/api/v1/me",', below="0.5", above="1.0", many=10),
+        after=30,
+    ),
+    Firing(
+        "EventLoopLag",
+        _durations("asyncio_loop_lag_seconds", 'job="api",instance="api:8000",', below="0.5", above="1.0", many=10),
+        after=15,
+        says="The event loop of api:8000 lags by 995ms.",
+        value="0.995",
+        labels=(("job", "api"), ("instance", "api:8000")),
+    ),
+    Quiet(
+        "EventLoopLag",
+        _durations("asyncio_loop_lag_seconds", 'job="api",instance="api:8000",', below="0.1", above="0.25", many=10),
+        after=30,
+    ),
+    Firing(
+        "AuthFailures",
+        {
+            'auth_failures_total{reason="expired"}': "0+6x10",
+            'auth_failures_total{reason="invalid_token"}': "0+5x10",
+        },
+        after=5,
+        says="11 requests in a minute had no valid token.",
+        value="11",
+    ),
+    Quiet("AuthFailures", {'auth_failures_total{reason="expired"}': "0+10x10"}, after=10),
+    Firing(
+        "ChatConnectionSuccessLow",
+        {
+            "chat_connections_opened_total": "0+94x20",
+            'chat_connection_failures_total{reason="upgrade"}': "0+4x20",
+            'chat_connection_failures_total{reason="timeout"}': "0+2x20",
+        },
+        after=15,
+        says="Only 94% of sockets were opened.",
+        value="0.94",
+    ),
+    Quiet(
+        "ChatConnectionSuccessLow",
+        {
+            "chat_connections_opened_total": "0+95x20",
+            'chat_connection_failures_total{reason="upgrade"}': "0+5x20",
+        },
+        after=20,
+    ),
+    Quiet(
+        "ChatConnectionSuccessLow",
+        {"chat_connections_opened_total": "0+0x20", 'chat_connection_failures_total{reason="upgrade"}': "0+0x20"},
+        after=20,
+    ),
+)

@@ -1,0 +1,92 @@
+"""The live stack: an API and a worker that somebody uses, a Prometheus that scrapes them, and an Alertmanager."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from libs.domain.db import Database
+from libs.observability.testing import OtlpReceiver
+from services.cli.embedded import LOGIN, Servers
+from tests.clinic import Clinic
+from tests.deploy.monitoring import Prometheus, installed, running_alertmanager, running_prometheus
+from tests.processes import ApiProcess, free_port, running_api_process, running_worker, until
+from tests.servers import copy_of, url_of
+
+RATES = "count(count_over_time(up[1m]) > 2) == 4"
+"""True when every target was scraped often enough for rates."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    api: ApiProcess
+    prometheus: Prometheus
+
+
+@pytest.fixture(scope="session")
+async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    for program in ("prometheus", "prometheus-alertmanager"):
+        installed(program)
+    folder = tmp_path_factory.mktemp("monitoring")
+    async with AsyncExitStack() as stack:
+        name = await stack.enter_async_context(copy_of(servers, migrated, "monitored"))
+        url = url_of(servers, name, LOGIN)
+        collector = stack.enter_context(OtlpReceiver())
+        tracing = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.http_endpoint, "OTEL_TRACES_SAMPLER_ARG": "1"}
+        api = await stack.enter_async_context(
+            running_api_process(url, servers.redis_url, folder / "api.jsonl", **tracing)
+        )
+        metrics_port = str(free_port())
+        await stack.enter_async_context(
+            running_worker(
+                url,
+                servers.redis_url,
+                folder / "worker.jsonl",
+                SESSIONGATE_WORKER_METRICS_PORT=metrics_port,
+                SESSIONGATE_AUDIT_INTERVAL_SECONDS="1",
+                **tracing,
+            )
+        )
+        receivers = {"api": f"{api.url}/internal/alerts", "oncall": f"{api.url}/internal/alerts"}
+        tokens = dict.fromkeys(receivers, "a token of tests")
+        alertmanager = await stack.enter_async_context(running_alertmanager(folder / "alertmanager", receivers, tokens))
+        addresses = {
+            "api:8000": f"127.0.0.1:{api.port}",
+            "worker:9101": f"127.0.0.1:{metrics_port}",
+            "alertmanager:9093": alertmanager,
+        }
+        prometheus = await stack.enter_async_context(running_prometheus(folder / "prometheus", addresses))
+        database = Database(url, application="tests", pool_size=2)
+        await use(api, await Clinic.open(database))
+        await database.close()
+        await until(lambda: prometheus.query(RATES))
+        await until(prometheus.has_evaluated_every_rule)
+        yield Stack(api, prometheus)
+
+
+@pytest.fixture
+def prometheus(stack: Stack) -> Prometheus:
+    """A Prometheus with all generated rules, which scrapes an API and a worker that have been used."""
+    return stack.prometheus
+
+
+async def use(api: ApiProcess, clinic: Clinic) -> None:
+    """A consultation by text, from booking to its first message; and a stranger."""
+    doctor, patient = await clinic.doctor(), await clinic.patient()
+    async with api.client() as strangers, api.client(doctor) as doctors, api.client(patient) as patients:
+        await strangers.get("/api/v1/me")
+        starts_at = await clinic.fetchval("SELECT clock()") + timedelta(seconds=1)
+        new = {"doctor_id": doctor.user_id, "modality": "text", "starts_at": starts_at.isoformat()}
+        appointment_id = (await patients.post("/appointments", json=new)).json()["id"]
+        await doctors.post(f"/appointments/{appointment_id}/confirm")
+
+        async def context() -> Any:
+            return (await patients.get(f"/appointments/{appointment_id}/session")).json()["session_context"]
+
+        message = {"client_message_id": "1", "body": "Hello"}
+        await patients.post(f"/chat/{appointment_id}/messages", json=message)
+        sent = await patients.post(f"/chat/{await until(context)}/messages", json=message)
+        assert sent.status_code == 201, sent.text

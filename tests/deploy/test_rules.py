@@ -1,0 +1,170 @@
+"""Every alert fires when it must and is quiet when it must be, by Prometheus' own judgement."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.generate.alerts import ALERTS
+from deploy.generate.objectives import OBJECTIVES
+from libs.observability.rules import Alert, Objective
+from tests.deploy.cases import CASES
+from tests.deploy.cases.case import Case, Firing, Quiet
+from tests.deploy.monitoring import DEPLOY, installed
+
+BY_NAME = {alert.name: alert for alerts in ALERTS.values() for alert in alerts}
+
+
+def promtool(*arguments: str) -> None:
+    said = subprocess.run([installed("promtool"), *arguments], cwd=DEPLOY, capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+def told(alert: Alert, case: Firing) -> dict[str, Any]:
+    annotations = {**alert.annotations, "description": case.says, "value": case.value}
+    return {"exp_labels": dict(case.labels) | alert.own_labels, "exp_annotations": annotations}
+
+
+def document(case: Case) -> dict[str, Any]:
+    alerts = [told(BY_NAME[case.alert], case)] if isinstance(case, Firing) else []
+    return {
+        "name": repr(case),
+        "interval": "1m",
+        "input_series": [{"series": series, "values": values} for series, values in case.series.items()],
+        "alert_rule_test": [{"eval_time": f"{case.after}m", "alertname": case.alert, "exp_alerts": alerts}],
+    }
+
+
+def test_prometheus_and_alertmanager_accept_their_configurations() -> None:
+    promtool("check", "config", "prometheus/prometheus.yml")
+    check = [installed("amtool"), "check-config", "alertmanager/alertmanager.yml"]
+    said = subprocess.run(check, cwd=DEPLOY, capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+def run(rules: str, tests: list[dict[str, Any]], folder: Path) -> None:
+    """Has the rules of one generated file tested."""
+    file = folder / "tests.yml"
+    files = [str(DEPLOY / f"prometheus/rules/{rules}.yml")]
+    file.write_text(yaml.safe_dump({"rule_files": files, "evaluation_interval": "1m", "tests": tests}))
+    promtool("test", "rules", str(file))
+
+
+def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not() -> None:
+    for kind in (Firing, Quiet):
+        assert {case.alert for case in CASES if isinstance(case, kind)} == BY_NAME.keys()
+
+
+def test_every_alert_fires_and_is_quiet_as_its_cases_say(tmp_path: Path) -> None:
+    run("alerts", [document(case) for case in CASES], tmp_path)
+
+
+def test_a_case_that_says_something_else_fails(tmp_path: Path) -> None:
+    for case in (
+        Firing("TargetDown", {"up": "0+0x5"}, after=4, says="something else", value="0"),
+        Firing("TargetDown", {"up": "1+0x5"}, after=4, says=" at  tells no metrics.", value="0"),
+        Quiet("TargetDown", {"up": "0+0x5"}, after=4),
+    ):
+        with pytest.raises(AssertionError, match="TargetDown"):
+            run("alerts", [document(case)], tmp_path)
+
+
+# How fast budgets burn
+
+
+def traffic(objective: Objective, bad: float, a_minute: float = 1000) -> dict[str, str]:
+    """So many events a minute, for long enough, of which a share is bad."""
+
+    def series(share: float) -> str:
+        return f"0+{share * a_minute:g}x75"
+
+    if objective.name == "availability":
+        count = 'http_request_duration_seconds_count{route="/api/v1/me",status="%s"}'
+        return {count % "200": series(1 - bad), count % "503": series(bad)}
+    bound = {"booking": "0.5", "sessions_on_time": "1.0"}[objective.name]
+    within = f'{objective.metric}_bucket{{le="{bound}"}}'
+    return {within: series(1 - bad), f"{objective.metric}_count": series(1)}
+
+
+def burning(objective: Objective, factor: float, severities: set[str], a_minute: float = 1000) -> dict[str, Any]:
+    """Which alerts are there when the budget has burnt for a while, at `factor` times its pace."""
+    bad = round(factor * objective.budget, 6)
+    expected = []
+    for alert in objective.alerts():
+        if alert.severity in severities:
+            annotations = {
+                **alert.annotations,
+                "description": f"{100 * bad:.4g}% of {objective.failing}; {100 * objective.budget:g}% may.",
+                "value": f"{bad:g}",
+            }
+            expected.append({"exp_labels": alert.own_labels, "exp_annotations": annotations})
+    series = [
+        {"series": series, "values": values} for series, values in traffic(objective, bad, a_minute=a_minute).items()
+    ]
+    return {
+        "name": f"{objective.name} at {factor} times its pace, {a_minute} a minute",
+        "interval": "1m",
+        "input_series": series,
+        "alert_rule_test": [{"eval_time": "75m", "alertname": "SLOErrorBudgetBurn", "exp_alerts": expected}],
+    }
+
+
+def test_a_budget_that_burns_fast_pages_and_one_that_burns_slowly_opens_a_ticket(tmp_path: Path) -> None:
+    tests = [
+        burning(objective, factor, severities)
+        for objective in OBJECTIVES
+        for factor, severities in ((15, {"critical", "warning"}), (4, {"warning"}), (0.9, set()))
+    ]
+    run("objectives", tests, tmp_path)
+
+
+def test_the_failures_of_a_few_events_open_a_ticket_and_those_of_fewer_nothing(tmp_path: Path) -> None:
+    tests = [
+        burning(objective, 15, severities, a_minute=a_minute)
+        for objective in OBJECTIVES
+        for a_minute, severities in ((0.5, {"warning"}), (0.15, set()))
+    ]
+    run("objectives", tests, tmp_path)
+
+
+# Other names of metrics
+
+
+def test_a_histogram_is_told_as_a_summary_in_milliseconds_and_a_process_in_percent(tmp_path: Path) -> None:
+    labels = 'route="/api/v1/me",method="GET",status="200"'
+    buckets = {"0.1": "0+50x10", "0.25": "0+90x10", "0.5": "0+100x10", "+Inf": "0+100x10"}
+    series = {f'http_request_duration_seconds_bucket{{{labels},le="{le}"}}': each for le, each in buckets.items()} | {
+        f"http_request_duration_seconds_sum{{{labels}}}": "0+12x10",
+        f"http_request_duration_seconds_count{{{labels}}}": "0+100x10",
+        'booking_post_own_duration_seconds_bucket{le="0.5"}': "0+100x10",
+        'booking_post_own_duration_seconds_bucket{le="+Inf"}': "0+100x10",
+        'process_cpu_seconds_total{job="api"}': "0+30x10",
+        'process_cpu_limit_cores{job="api"}': "2+0x10",
+        'process_resident_memory_bytes{job="api"}': "256+0x10",
+        'process_memory_limit_bytes{job="api"}': "1024+0x10",
+    }
+    answers = {
+        'http_request_duration_ms{quantile="0.5"}': ('{method="GET",route="/api/v1/me",status="200"}', 100),
+        'http_request_duration_ms{quantile="0.95"}': ('{method="GET",route="/api/v1/me",status="200"}', 375),
+        'http_request_duration_ms{quantile="0.99"}': ('{method="GET",route="/api/v1/me",status="200"}', 475),
+        "http_request_duration_ms_sum": ('{method="GET",route="/api/v1/me",status="200"}', 120_000),
+        "http_request_duration_ms_count": ('{method="GET",route="/api/v1/me",status="200"}', 1000),
+        "booking_post_p95_ms": ("{}", 475),
+        "cpu_utilization_percent": ('{job="api"}', 25),
+        "memory_utilization_percent": ('{job="api"}', 25),
+    }
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
+            {
+                "expr": f"sum without (quantile) (round({expr}, 0.001))",
+                "eval_time": "10m",
+                "exp_samples": [{"labels": answered, "value": value}],
+            }
+            for expr, (answered, value) in answers.items()
+        ],
+    }
+    run("aliases", [test], tmp_path)
