@@ -76,7 +76,7 @@ async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPa
         clinic = await Clinic.open(database)
         await use(api, clinic)
         await database.close()
-        await until(lambda: prometheus.query(RATES))
+        await until(lambda: prometheus.query(RATES), seconds=60)
         await until(prometheus.has_evaluated_every_rule)
         yield Stack(api, worker, start_worker, prometheus, clinic.operator, oncall)
 
