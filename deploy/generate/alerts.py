@@ -94,7 +94,7 @@ CONVERSION: Final = (
         component="conversion",
         metric="appointments_needs_attention",
         summary="Appointments are parked, and nothing tries them any more",
-        description="The conversion of {{ $value }} appointments has failed too often, and waits for an operator.",
+        description="Appointments whose conversion has failed too often, and waits for an operator: {{ $value }}.",
         runbook="docs/runbooks/conversion-fails.md",
     ),
 )
@@ -235,7 +235,7 @@ DELIVERY: Final = (
         component="outbox",
         metric="outbox_dead",
         summary="Notifications were given up",
-        description="{{ $value }} deliveries have failed six times and are not tried any more.",
+        description="Deliveries that have failed six times, and are not tried any more: {{ $value }}.",
         runbook="docs/runbooks/outbox.md",
     ),
     Alert(
@@ -256,7 +256,7 @@ DELIVERY: Final = (
         component="webhooks",
         metric="webhook_deliveries_total",
         summary="A webhook endpoint leads into a network that is not public",
-        description='{{ $value | printf "%.0f" }} deliveries were not made because of where they led.',
+        description='Deliveries that were not made because of where they led: {{ $value | printf "%.0f" }}.',
         runbook="docs/runbooks/webhooks.md",
     ),
     Alert(
@@ -325,7 +325,7 @@ PLATFORM: Final = (
         component="audit",
         metric="audit_violations",
         summary="Rows violate what must always be true",
-        description="{{ $value }} rows violate {{ $labels.invariant }}.",
+        description="Rows that violate {{ $labels.invariant }}: {{ $value }}.",
         runbook="docs/runbooks/audit.md",
     ),
     Alert(
@@ -346,17 +346,18 @@ PLATFORM: Final = (
         component="telemetry",
         metric="obs_log_lines_dropped_total",
         summary="Log lines are lost",
-        description='{{ $labels.job }} has lost {{ $value | printf "%.0f" }} lines ({{ $labels.level }}).',
+        description='Lines ({{ $labels.level }}) that {{ $labels.job }} has lost: {{ $value | printf "%.0f" }}.',
         runbook="docs/runbooks/lost-records.md",
     ),
     Alert(
         name="AlertDeliveryFailing",
         expr="sum by (integration) (increase(alertmanager_notifications_failed_total[10m])) > 0",
-        severity="high",
+        # Both receivers are told: one of them is likely to be well.
+        severity="critical",
         component="telemetry",
         metric="alertmanager_notifications_failed_total",
         summary="Alerts do not reach their receivers",
-        description='Alertmanager failed {{ $value | printf "%.0f" }} times to tell a {{ $labels.integration }}.',
+        description='Attempts to tell a {{ $labels.integration }} that have failed: {{ $value | printf "%.0f" }}.',
         runbook="docs/runbooks/alert-delivery.md",
     ),
 )

@@ -281,9 +281,8 @@ SPANS = {
 ALERTS = {
     "critical": "AppointmentsDueBacklogCritical AppointmentConversionStalled AppointmentConversionJobMissing"
     " AppointmentConversionFailureRateCritical BillingBlocked LegacyTriggerProcessedSessionAppointment OutboxLag"
-    " TargetDown ApiMissing DbSaturation AuditViolations SLOErrorBudgetBurn",
-    "high": "AppointmentsNeedAttention FlagTripped HighErrorRate OutboxDead WebhookDeliveriesFailing MemoryNearLimit"
-    " AlertDeliveryFailing",
+    " TargetDown ApiMissing DbSaturation AuditViolations AlertDeliveryFailing SLOErrorBudgetBurn",
+    "high": "AppointmentsNeedAttention FlagTripped HighErrorRate OutboxDead WebhookDeliveriesFailing MemoryNearLimit",
     "warning": "AppointmentsDueBacklog AppointmentConversionFailureRate ChatBlockedRatio GuardDecisionsDropped"
     " HighResponseTime EventLoopLag AuthFailures ChatConnectionSuccessLow WebhookDestinationForbidden DoorbellFailures"
     " AuditNotRunning LogLinesDropped SLOErrorBudgetBurn",

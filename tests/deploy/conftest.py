@@ -1,6 +1,6 @@
 """The live stack: an API and a worker that somebody uses, a Prometheus that scrapes them, and an Alertmanager."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,21 +9,31 @@ from typing import Any
 import pytest
 
 from libs.domain.db import Database
+from libs.guardrails import Principal
 from libs.observability.testing import OtlpReceiver
 from services.cli.embedded import LOGIN, Servers
 from tests.clinic import Clinic
 from tests.deploy.monitoring import Prometheus, installed, running_alertmanager, running_prometheus
-from tests.processes import ApiProcess, free_port, running_api_process, running_worker, until
+from tests.processes import ApiProcess, Worker, free_port, running_api_process, running_worker, until
+from tests.receiver import Receiver, receiving
+from tests.running import ALERTS_TOKEN
 from tests.servers import copy_of, url_of
 
 RATES = "count(count_over_time(up[1m]) > 2) == 4"
 """True when every target was scraped often enough for rates."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stack:
+    """What runs, an operator of the API's, and what whoever is on call was told. A worker that was killed is started
+    again at the same address."""
+
     api: ApiProcess
+    worker: Worker
+    start_worker: Callable[[], Awaitable[Worker]]
     prometheus: Prometheus
+    operator: Principal
+    oncall: Receiver
 
 
 @pytest.fixture(scope="session")
@@ -36,22 +46,25 @@ async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPa
         url = url_of(servers, name, LOGIN)
         collector = stack.enter_context(OtlpReceiver())
         tracing = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.http_endpoint, "OTEL_TRACES_SAMPLER_ARG": "1"}
+        told = {"SESSIONGATE_ALERTS_TOKEN": ALERTS_TOKEN}
         api = await stack.enter_async_context(
-            running_api_process(url, servers.redis_url, folder / "api.jsonl", **tracing)
+            running_api_process(url, servers.redis_url, folder / "api.jsonl", **tracing, **told)
         )
         metrics_port = str(free_port())
-        await stack.enter_async_context(
-            running_worker(
-                url,
-                servers.redis_url,
-                folder / "worker.jsonl",
-                SESSIONGATE_WORKER_METRICS_PORT=metrics_port,
-                SESSIONGATE_AUDIT_INTERVAL_SECONDS="1",
-                **tracing,
+        working = tracing | {
+            "SESSIONGATE_WORKER_METRICS_PORT": metrics_port,
+            "SESSIONGATE_AUDIT_INTERVAL_SECONDS": "1",
+        }
+
+        async def start_worker() -> Worker:
+            return await stack.enter_async_context(
+                running_worker(url, servers.redis_url, folder / "worker.jsonl", **working)
             )
-        )
-        receivers = {"api": f"{api.url}/internal/alerts", "oncall": f"{api.url}/internal/alerts"}
-        tokens = dict.fromkeys(receivers, "a token of tests")
+
+        worker = await start_worker()
+        oncall = await stack.enter_async_context(receiving())
+        receivers = {"api": f"{api.url}/internal/alerts", "oncall": f"{oncall.url}/alerts"}
+        tokens = {"api": ALERTS_TOKEN, "oncall": "a token of whoever is on call"}
         alertmanager = await stack.enter_async_context(running_alertmanager(folder / "alertmanager", receivers, tokens))
         addresses = {
             "api:8000": f"127.0.0.1:{api.port}",
@@ -60,11 +73,12 @@ async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPa
         }
         prometheus = await stack.enter_async_context(running_prometheus(folder / "prometheus", addresses))
         database = Database(url, application="tests", pool_size=2)
-        await use(api, await Clinic.open(database))
+        clinic = await Clinic.open(database)
+        await use(api, clinic)
         await database.close()
-        await until(lambda: prometheus.query(RATES))
+        await until(lambda: prometheus.query(RATES), seconds=60)
         await until(prometheus.has_evaluated_every_rule)
-        yield Stack(api, prometheus)
+        yield Stack(api, worker, start_worker, prometheus, clinic.operator, oncall)
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """The rules on a live Prometheus that scrapes a running API and worker."""
 
+from typing import Any
+
 import pytest
 
 from deploy.generate import prometheus as generated
 from libs.observability.rules import Recording
+from tests.deploy.conftest import Stack
 from tests.deploy.monitoring import Prometheus
 from tests.processes import until
 
@@ -34,3 +37,35 @@ async def test_a_slow_request_leads_to_its_trace(prometheus: Prometheus) -> None
         return [each["labels"]["trace_id"] for series in found for each in series["exemplars"]]
 
     assert all(len(trace_id) == 32 for trace_id in await until(exemplars))
+
+
+async def test_a_worker_that_dies_is_told_to_whoever_is_on_call_and_kept_by_the_api_until_it_is_back(
+    stack: Stack,
+) -> None:
+    """Through Prometheus and Alertmanager, as they are configured."""
+
+    async def kept(status: str) -> list[dict[str, Any]]:
+        async with stack.api.client(stack.operator) as operator:
+            page = (await operator.get("/admin/alerts", params={"status": status, "severity": "critical"})).json()
+        return [item for item in page["items"] if item["labels"].get("job") == "sessiongate-worker"]
+
+    async def told(status: str) -> list[Any]:
+        payloads = [received.told for received in stack.oncall.at("/alerts")]
+        alerts = [alert for payload in payloads for alert in payload["alerts"] if alert["status"] == status]
+        return [alert for alert in alerts if alert["labels"].get("job") == "sessiongate-worker"]
+
+    await stack.worker.kill()
+    (firing,) = await until(lambda: kept("firing"))
+    page = await until(lambda: told("firing"))
+    stack.worker = await stack.start_worker()
+    (resolved,) = await until(lambda: kept("resolved"))
+    await until(lambda: told("resolved"))
+
+    assert (firing["name"], firing["component"], firing["metric"]) == ("TargetDown", "process", "up")
+    assert (firing["value"], firing["threshold"]) == (0, 0)
+    assert firing["annotations"]["runbook"] == "docs/runbooks/target-down.md"
+    assert resolved["id"] == firing["id"]
+    assert page[0]["annotations"] == firing["annotations"]
+    assert {received.headers["authorization"] for received in stack.oncall.got} == {
+        "Bearer a token of whoever is on call"
+    }

@@ -17,8 +17,9 @@ from tests.deploy.monitoring import DEPLOY, installed
 BY_NAME = {alert.name: alert for alerts in ALERTS.values() for alert in alerts}
 
 
-def promtool(*arguments: str) -> None:
-    said = subprocess.run([installed("promtool"), *arguments], cwd=DEPLOY, capture_output=True, text=True)
+def judged(program: str, *arguments: str) -> None:
+    """Asks a program of Prometheus' for its judgement. Raises AssertionError with what it says when it is no."""
+    said = subprocess.run([installed(program), *arguments], cwd=DEPLOY, capture_output=True, text=True)
     assert said.returncode == 0, said.stdout + said.stderr
 
 
@@ -38,10 +39,25 @@ def document(case: Case) -> dict[str, Any]:
 
 
 def test_prometheus_and_alertmanager_accept_their_configurations() -> None:
-    promtool("check", "config", "prometheus/prometheus.yml")
-    check = [installed("amtool"), "check-config", "alertmanager/alertmanager.yml"]
-    said = subprocess.run(check, cwd=DEPLOY, capture_output=True, text=True)
-    assert said.returncode == 0, said.stdout + said.stderr
+    judged("promtool", "check", "config", "prometheus/prometheus.yml")
+    judged("amtool", "check-config", "alertmanager/alertmanager.yml")
+
+
+@pytest.mark.parametrize(
+    ("severity", "receivers"),
+    [("critical", "oncall,api"), ("high", "api"), ("warning", "api"), ("info", "api")],
+)
+def test_the_api_is_told_of_everything_and_whoever_is_on_call_of_what_is_critical(
+    severity: str, receivers: str
+) -> None:
+    config = ("--config.file", "alertmanager/alertmanager.yml", f"--verify.receivers={receivers}")
+    judged("amtool", "config", "routes", "test", *config, f"severity={severity}")
+
+
+def test_what_supersedes_an_alert_is_more_urgent() -> None:
+    pairs = [(alert, BY_NAME[alert.supersedes]) for alert in BY_NAME.values() if alert.supersedes]
+    assert pairs
+    assert all((more.severity, less.severity) == ("critical", "warning") for more, less in pairs)
 
 
 def run(rules: str, tests: list[dict[str, Any]], folder: Path) -> None:
@@ -49,7 +65,7 @@ def run(rules: str, tests: list[dict[str, Any]], folder: Path) -> None:
     file = folder / "tests.yml"
     files = [str(DEPLOY / f"prometheus/rules/{rules}.yml")]
     file.write_text(yaml.safe_dump({"rule_files": files, "evaluation_interval": "1m", "tests": tests}))
-    promtool("test", "rules", str(file))
+    judged("promtool", "test", "rules", str(file))
 
 
 def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not() -> None:

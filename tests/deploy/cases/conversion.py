@@ -110,7 +110,7 @@ CONVERSION: Final[tuple[Case, ...]] = (
         "AppointmentsNeedAttention",
         {"appointments_needs_attention": "2+0x10"},
         after=6,
-        says="The conversion of 2 appointments has failed too often, and waits for an operator.",
+        says="Appointments whose conversion has failed too often, and waits for an operator: 2.",
         value="2",
     ),
     Quiet("AppointmentsNeedAttention", {"appointments_needs_attention": "0+0x10"}, after=10),
