@@ -19,6 +19,9 @@ from tests.servers import copy_of, url_of
 RATES = "count(count_over_time(up[1m]) > 2) == 4"
 """True when every target was scraped often enough for rates."""
 
+USED = 'sum(rate(http_request_duration_seconds_count{route="/api/v1/sessions/{context}/end"}[1m])) >= 0'
+"""True when what the last request counted is a rate."""
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -59,10 +62,11 @@ async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPa
             "alertmanager:9093": alertmanager,
         }
         prometheus = await stack.enter_async_context(running_prometheus(folder / "prometheus", addresses))
+        await until(lambda: prometheus.query(RATES))
         database = Database(url, application="tests", pool_size=2)
         await use(api, await Clinic.open(database))
         await database.close()
-        await until(lambda: prometheus.query(RATES))
+        await until(lambda: prometheus.query(USED))
         await until(prometheus.has_evaluated_every_rule)
         yield Stack(api, prometheus)
 
@@ -74,7 +78,7 @@ def prometheus(stack: Stack) -> Prometheus:
 
 
 async def use(api: ApiProcess, clinic: Clinic) -> None:
-    """A consultation by text, from booking to its first message; and a stranger."""
+    """A consultation by text, from booking to its end; and a stranger."""
     doctor, patient = await clinic.doctor(), await clinic.patient()
     async with api.client() as strangers, api.client(doctor) as doctors, api.client(patient) as patients:
         await strangers.get("/api/v1/me")
@@ -90,3 +94,5 @@ async def use(api: ApiProcess, clinic: Clinic) -> None:
         await patients.post(f"/chat/{appointment_id}/messages", json=message)
         sent = await patients.post(f"/chat/{await until(context)}/messages", json=message)
         assert sent.status_code == 201, sent.text
+        ended = await patients.post(f"/sessions/{await context()}/end")
+        assert ended.status_code == 200, ended.text

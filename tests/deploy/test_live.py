@@ -4,6 +4,7 @@ import pytest
 
 from deploy.generate import prometheus as generated
 from libs.observability.rules import Recording
+from tests.deploy.generated import Expression, of_boards
 from tests.deploy.monitoring import Prometheus
 from tests.processes import until
 
@@ -34,3 +35,9 @@ async def test_a_slow_request_leads_to_its_trace(prometheus: Prometheus) -> None
         return [each["labels"]["trace_id"] for series in found for each in series["exemplars"]]
 
     assert all(len(trace_id) == 32 for trace_id in await until(exemplars))
+
+
+@pytest.mark.parametrize("expression", [*of_boards()], ids=str)
+async def test_every_panel_has_something_to_show(prometheus: Prometheus, expression: Expression) -> None:
+    answers = await prometheus.query(expression.text)
+    assert answers or expression.may_be_empty

@@ -45,7 +45,7 @@ BOARD: Final = board(
         [
             table(
                 "Firing",
-                "Each with its labels, the longest first. The runbook of an alert has its name.",
+                "Each with its labels, the newest first.",
                 Column(
                     "active since",
                     f"1000 * ALERTS_FOR_STATE and ignoring (alertstate) {_FIRING}",
@@ -61,8 +61,8 @@ BOARD: Final = board(
             states(
                 "What fired when",
                 "Two that begin together have mostly one cause: the one that begins first.",
-                Query("max by (alertname) (ALERTS)", "{{alertname}}"),
-                ("1", "active", "red"),
+                Query(f"max by (alertname) ({_FIRING})", "{{alertname}}"),
+                ("1", "firing", "red"),
                 empty="all quiet",
             ),
         ],
@@ -73,6 +73,7 @@ BOARD: Final = board(
                 Query(f"count by (severity) ({_FIRING})", "{{severity}}"),
                 unit=units.Short,
                 stacked=True,
+                empty="all quiet",
             ),
             table(
                 "Most often in this period",
@@ -101,6 +102,7 @@ BOARD: Final = board(
                 Query(ratio(rate(_FAILED, "integration"), rate(_NOTIFICATIONS, "integration")), "{{integration}}"),
                 unit=units.PercentUnit,
                 limits=above(0.05, 0.5),
+                empty="none sent",
             ),
             timeseries(
                 "Duration of notifications, P95",

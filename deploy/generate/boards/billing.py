@@ -93,6 +93,7 @@ BOARD: Final = board(
                 " are not paid.",
                 Query(increase(_PAYOUT, "currency", over="1h"), "{{currency}}"),
                 unit=units.Short,
+                empty="nothing paid",
             ),
         ],
     ),

@@ -104,9 +104,16 @@ def _limits(*steps: tuple[str, float | None]) -> Limits:
 
 
 def timeseries(
-    title: str, description: str, *queries: Query, unit: str, limits: Limits | None = None, stacked: bool = False
+    title: str,
+    description: str,
+    *queries: Query,
+    unit: str,
+    limits: Limits | None = None,
+    stacked: bool = False,
+    empty: str | None = None,
 ) -> Panel:
-    """A graph; `limits` are drawn as lines."""
+    """A graph; `limits` are drawn as lines. `empty` is said when there is nothing to draw, where that is nothing to
+    worry about."""
     panel = (
         _titled(graphs.Panel(), title, description, unit)
         .min(0)
@@ -121,6 +128,8 @@ def timeseries(
     if limits is not None:
         panel.thresholds(limits)
         panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(GraphThresholdsStyleMode.DASHED))
+    if empty is not None:
+        panel.no_value(empty)
     return panel.targets([_range(query, letter) for query, letter in _lettered(queries)]).build()
 
 
@@ -144,8 +153,7 @@ def stat(
     limits: Limits | None = None,
     empty: str | None = None,
 ) -> Panel:
-    """The present value, large; with a legend, one for each series. `empty` is said when there is none, where that is
-    nothing to worry about."""
+    """The present value, large; with a legend, one for each series."""
     panel = (
         _titled(stats.Panel(), title, description, unit)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))

@@ -210,6 +210,7 @@ BOARD: Final = board(
                 "Counted as `other`. A metric that appears here has met something that the program did not expect.",
                 Query(per_minute("obs_label_values_rejected_total", "metric"), "{{metric}}"),
                 unit=units.CountsPerMinute,
+                empty="all known",
             ),
         ],
     ),

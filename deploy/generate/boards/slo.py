@@ -5,7 +5,7 @@ from typing import Final
 from grafana_foundation_sdk.models import units
 
 from deploy.generate.boards.panels import Column, Query, above, board, latency, row, stat, table, timeseries
-from deploy.generate.boards.promql import increase, largest, or_zero, quantile, rate, ratio, total
+from deploy.generate.boards.promql import increase, largest, or_zero, per_minute, quantile, rate, ratio, total
 from libs.observability.rules import PAGE
 
 _REQUESTS: Final = "http_request_duration_seconds_count"
@@ -114,6 +114,13 @@ BOARD: Final = board(
                 Query(quantile(0.95, "booking_post_own_duration_seconds"), "P95"),
                 unit=units.Seconds,
                 limits=above(0.5),
+            ),
+            timeseries(
+                "Bookings and conflicts",
+                "A conflict is a slot that somebody else took first. Conflicts without bookings point to the calendar.",
+                Query(per_minute("scheduling_book_duration_seconds_count"), "attempts"),
+                Query(per_minute("scheduling_book_conflict_total"), "conflicts"),
+                unit=units.CountsPerMinute,
             ),
             timeseries(
                 "Delay of starts",
