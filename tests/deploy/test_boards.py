@@ -2,16 +2,16 @@
 
 import re
 from collections import Counter
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import pytest
 import yaml
 
-from deploy.generate import prometheus
 from deploy.generate.__main__ import ROOT
 from deploy.generate.boards.panels import COLUMNS
-from tests.deploy.generated import BOARDS, Document, panels
+from deploy.generate.boards.runbooks import INDEX, SITE
+from tests.deploy.generated import BOARDS, RULES, Document, panels
 
 PROVISIONING = ROOT / "deploy/grafana/provisioning"
 every_board = pytest.mark.parametrize("board", BOARDS.values(), ids=BOARDS)
@@ -71,8 +71,26 @@ def test_every_variable_that_is_used_can_be_chosen(board: Document) -> None:
 def test_every_board_leads_to_the_others_and_to_the_runbooks(board: Document) -> None:
     boards, runbooks = board["links"]
     assert (boards["type"], boards["tags"]) == ("dashboards", board["tags"])
-    assert runbooks["url"].startswith("https://")
+    assert runbooks["url"] == INDEX
     assert board["schemaVersion"] >= 36  # The first in which a source is named by type and uid.
+
+
+def test_every_alert_can_be_looked_at_beside_its_runbook() -> None:
+    shown = [
+        (" ".join(target["expr"] for target in panel["targets"]), {link["url"] for link in panel.get("links", ())})
+        for board in BOARDS.values()
+        for panel in panels(board)
+    ]
+    unseen = [
+        rule["alert"]
+        for rule in chain(*RULES.values())
+        if "alert" in rule
+        and not any(
+            rule["annotations"]["metric"] in text and f"{SITE}/{rule['annotations']['runbook'].removeprefix('docs/')}" in urls
+            for text, urls in shown
+        )
+    ]
+    assert unseen == []
 
 
 def test_boards_have_names_of_their_own() -> None:
@@ -84,7 +102,8 @@ def test_boards_have_names_of_their_own() -> None:
 def test_grafana_finds_prometheus_and_the_boards() -> None:
     [source] = yaml.safe_load((PROVISIONING / "datasources/prometheus.yaml").read_text())["datasources"]
     assert source["type"] == "prometheus"
-    assert source["jsonData"]["timeInterval"] == prometheus.CONFIG["global"]["scrape_interval"]
+    scraping = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["global"]
+    assert source["jsonData"]["timeInterval"] == scraping["scrape_interval"]
     [provider] = yaml.safe_load((PROVISIONING / "dashboards/sessiongate.yaml").read_text())["providers"]
     assert provider["type"] == "file"
 

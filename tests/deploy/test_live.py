@@ -3,6 +3,7 @@
 import pytest
 
 from deploy.generate import prometheus as generated
+from libs.domain.catalogue import CATALOGUE
 from libs.observability.rules import Recording
 from tests.deploy.generated import Expression, of_boards
 from tests.deploy.monitoring import Prometheus
@@ -41,3 +42,11 @@ async def test_a_slow_request_leads_to_its_trace(prometheus: Prometheus) -> None
 async def test_every_panel_has_something_to_show(prometheus: Prometheus, expression: Expression) -> None:
     answers = await prometheus.query(expression.text)
     assert answers or expression.may_be_empty
+
+
+@pytest.mark.parametrize("emitter", ["api", "worker"])
+async def test_metrics_of_one_process_stay_at_zero_in_the_other(prometheus: Prometheus, emitter: str) -> None:
+    names = "|".join(f"{spec.name}|{spec.name}_count" for spec in CATALOGUE if spec.emitter == emitter)
+    assert await prometheus.query(f'{{__name__=~"{names}", job="sessiongate-{emitter}"}} > 0')
+    moving = await prometheus.query(f'{{__name__=~"{names}", job=~"sessiongate-.*", job!="sessiongate-{emitter}"}} > 0')
+    assert sorted({each["metric"]["__name__"] for each in moving}) == []

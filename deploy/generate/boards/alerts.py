@@ -23,9 +23,9 @@ BOARD: Final = board(
     row(
         "Now",
         [
-            stat("Critical", "Somebody is paged.", _firing("critical"), unit=units.Short, limits=above(1)),
-            stat("High", "To be looked at within the hour.", _firing("high"), unit=units.Short, limits=above(1)),
-            stat("Warning", "To be looked at today.", _firing("warning"), unit=units.Short, limits=above(1, 10)),
+            stat("Critical", "Somebody has to come now.", _firing("critical"), unit=units.Short, limits=above(1)),
+            stat("High", "To be looked at today.", _firing("high"), unit=units.Short, limits=above(1)),
+            stat("Warning", "To be looked at soon.", _firing("warning"), unit=units.Short, limits=above(1, 10)),
             stat("Info", "To be known.", _firing("info"), unit=units.Short),
             stat(
                 "Not delivered in an hour",

@@ -159,13 +159,6 @@ BOARD: Final = board(
                 unit=units.CountsPerMinute,
                 limits=above(10),
             ),
-            timeseries(
-                "Security events",
-                "What looked like an attempt, by its kind.",
-                Query(per_minute("security_events_total", "kind"), "{{kind}}"),
-                unit=units.CountsPerMinute,
-                stacked=True,
-            ),
         ],
     ),
 )

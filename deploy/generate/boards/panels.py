@@ -29,6 +29,7 @@ from grafana_foundation_sdk.models.common import (
 from grafana_foundation_sdk.models.dashboard import (
     Dashboard,
     DashboardCursorSync,
+    DashboardLink,
     DashboardLinkType,
     DataTransformerConfig,
     DynamicConfigValue,
@@ -44,13 +45,12 @@ from grafana_foundation_sdk.models.dashboard import (
     VariableRefresh,
 )
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
-from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+from grafana_foundation_sdk.models.prometheus import Dataquery, PromQueryFormat
 
 from deploy.generate.boards import promql
+from deploy.generate.boards.runbooks import INDEX, runbooks
 
 DATASOURCE: Final = DataSourceRef(type_val="prometheus", uid="${datasource}")
-RUNBOOKS: Final = "https://sessiongate.example/runbooks"
-"""Where docs/runbooks can be read. Change it to where you publish them."""
 TAG: Final = "sessiongate"
 COLUMNS: Final = 24
 """How wide Grafana's grid is."""
@@ -299,9 +299,18 @@ def _laid_out(rows: Sequence[Row]) -> list[Panel | RowPanel]:
             for position, panel in enumerate(line):
                 panel.id_val = len(panels) + 1
                 panel.grid_pos = GridPos(h=height, w=width, x=position * width, y=y)
+                panel.links = _runbook_links(panel)
                 panels.append(panel)
             y += height
     return panels
+
+
+def _runbook_links(panel: Panel) -> list[DashboardLink]:
+    expressions = [target.expr for target in panel.targets or () if isinstance(target, Dataquery)]
+    return [
+        _link(title, DashboardLinkType.LINK).url(url).target_blank(True).build()
+        for title, url in runbooks(expressions).items()
+    ]
 
 
 def _link(title: str, kind: DashboardLinkType) -> dashboard.DashboardLink:
@@ -310,7 +319,7 @@ def _link(title: str, kind: DashboardLinkType) -> dashboard.DashboardLink:
 
 _LINKS: Final = (
     _link("Boards", DashboardLinkType.DASHBOARDS).tags([TAG]).as_dropdown(True),
-    _link("Runbooks", DashboardLinkType.LINK).icon("doc").url(RUNBOOKS).target_blank(True),
+    _link("Runbooks", DashboardLinkType.LINK).icon("doc").url(INDEX).target_blank(True),
 )
 
 

@@ -192,10 +192,9 @@ BOARD: Final = board(
                 unit=units.CountsPerMinute,
             ),
             timeseries(
-                "Spans lost, and traces kept",
-                "Traces are kept by chance, because they have an error, or because another process found one.",
-                Query(per_minute("obs_traces_kept_total", "reason"), "kept: {{reason}}"),
-                Query(per_minute("obs_spans_dropped_total", "reason"), "lost: {{reason}}"),
+                "Spans lost",
+                "Because their queue was full: the trace backend is away, or slower than what happens.",
+                Query(per_minute("obs_spans_dropped_total", "reason"), "{{reason}}"),
                 unit=units.CountsPerMinute,
             ),
             timeseries(

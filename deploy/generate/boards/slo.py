@@ -6,11 +6,16 @@ from grafana_foundation_sdk.models import units
 
 from deploy.generate.boards.panels import Column, Query, above, board, latency, row, stat, table, timeseries
 from deploy.generate.boards.promql import increase, largest, or_zero, per_minute, quantile, rate, ratio, total
+from deploy.generate.objectives import FAILED, REQUESTS
 from libs.observability.rules import PAGE
 
-_REQUESTS: Final = "http_request_duration_seconds_count"
-_FAULTS: Final = 'http_request_duration_seconds_count{status=~"5.."}'
-_BURN: Final = "/ on (slo) group_left () (1 - slo:objective:ratio)"
+_BURN: Final = "/ (1 - slo:objective:ratio)"
+
+
+def _kept(window: str) -> str:
+    """The share of good events; nothing where there were no events, whose ratio is no number."""
+    return f"1 - slo:error_ratio:rate{window} >= 0"
+
 
 BOARD: Final = board(
     "slo-overview",
@@ -43,7 +48,7 @@ BOARD: Final = board(
             stat(
                 "Requests that failed",
                 "The share that was answered with 5xx in the last five minutes.",
-                ratio(rate(_FAULTS, over="5m"), rate(_REQUESTS, over="5m")),
+                ratio(rate(FAILED, over="5m"), rate(REQUESTS, over="5m")),
                 unit=units.PercentUnit,
                 limits=above(0.001, 0.05),
                 empty="no traffic",
@@ -68,7 +73,7 @@ BOARD: Final = board(
             stat(
                 "Kept in the last hour",
                 "The share of good events of each objective.",
-                "1 - slo:error_ratio:rate1h",
+                _kept("1h"),
                 unit=units.PercentUnit,
                 legend="{{slo}}",
                 empty="no events",
@@ -76,7 +81,7 @@ BOARD: Final = board(
             stat(
                 "Kept in three days",
                 "The share of good events of each objective.",
-                "1 - slo:error_ratio:rate3d",
+                _kept("3d"),
                 unit=units.PercentUnit,
                 legend="{{slo}}",
                 empty="no events",
@@ -138,14 +143,14 @@ BOARD: Final = board(
             timeseries(
                 "Requests by status",
                 "A rise of 401 is a key that changed, of 403 and 400 a flag or a client, of 503 the database.",
-                Query(rate(_REQUESTS, "status"), "{{status}}"),
+                Query(rate(REQUESTS, "status"), "{{status}}"),
                 unit=units.RequestsPerSecond,
                 stacked=True,
             ),
             timeseries(
                 "Requests that failed",
                 "The share answered with 5xx.",
-                Query(ratio(rate(_FAULTS), rate(_REQUESTS)), "5xx"),
+                Query(ratio(rate(FAILED), rate(REQUESTS)), "5xx"),
                 unit=units.PercentUnit,
                 limits=above(0.001, 0.05),
             ),
@@ -172,10 +177,10 @@ BOARD: Final = board(
                 Column(
                     "P95", quantile(0.95, "http_request_duration_seconds", "route", "method", over="5m"), units.Seconds
                 ),
-                Column("requests", rate(_REQUESTS, "route", "method", over="5m") + " > 0", units.RequestsPerSecond),
+                Column("requests", rate(REQUESTS, "route", "method", over="5m") + " > 0", units.RequestsPerSecond),
                 Column(
                     "failed",
-                    ratio(rate(_FAULTS, "route", "method", over="5m"), rate(_REQUESTS, "route", "method", over="5m")),
+                    ratio(rate(FAILED, "route", "method", over="5m"), rate(REQUESTS, "route", "method", over="5m")),
                     units.PercentUnit,
                 ),
                 empty="no traffic",
