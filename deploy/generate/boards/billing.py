@@ -26,13 +26,13 @@ BOARD: Final = board(
         "Now",
         [
             stat(
-                "Units charged in an hour",
+                "Units charged, 1 h",
                 "Taken from patients, of all modalities.",
                 increase(_UNITS, over="1h"),
                 unit=units.Short,
             ),
             stat(
-                "Paid to doctors in a day",
+                "Paid to doctors, 1 d",
                 "In the minor unit of each currency, such as cents.",
                 increase(_PAYOUT, "currency", over="1d"),
                 unit=units.Short,
@@ -40,7 +40,7 @@ BOARD: Final = board(
                 empty="nothing yet",
             ),
             stat(
-                "Billing requests that failed",
+                "Failed billing requests",
                 "The share answered with 5xx in the last ten minutes.",
                 ratio(rate(_FAULTS, over="10m"), rate(_COUNT, over="10m")),
                 unit=units.PercentUnit,
@@ -48,14 +48,14 @@ BOARD: Final = board(
                 empty="no requests",
             ),
             stat(
-                "Blocked in 10 minutes",
+                "Blocked, 10 min",
                 "Billing calls that named an appointment and not its session.",
                 increase(_BLOCKED, over="10m"),
                 unit=units.Short,
                 limits=above(1),
             ),
             stat(
-                "Rows that contradict each other",
+                "Violated invariants",
                 "What the last audit found, of all invariants. Anything but 0 is a wrong bill or on its way to one.",
                 largest("sum by (instance) (audit_violations)"),
                 unit=units.Short,

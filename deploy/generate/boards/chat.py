@@ -37,7 +37,7 @@ BOARD: Final = board(
                 unit=units.Short,
             ),
             stat(
-                "Connections that came about",
+                "Successful connections",
                 "Of all attempts in the last five minutes. A refusal by the guard is no failure.",
                 _opened_of_all("5m"),
                 unit=units.PercentUnit,
@@ -51,7 +51,7 @@ BOARD: Final = board(
                 unit=units.MessagesPerMinute,
             ),
             stat(
-                "Wake-up calls lost in 10 minutes",
+                "Lost wake-ups, 10 min",
                 "What Redis did not take. Without it messages from other processes arrive two seconds late.",
                 increase("doorbell_failures_total", over="10m"),
                 unit=units.Short,

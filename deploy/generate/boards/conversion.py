@@ -38,7 +38,7 @@ BOARD: Final = board(
                 limits=above(60, 300),
             ),
             stat(
-                "Failures in 10 minutes",
+                "Failures, 10 min",
                 "The share of attempts that failed. Parties who are still in another session are no failure.",
                 ratio(rate(_FAILED, over="10m"), rate(_ATTEMPTED, over="10m")),
                 unit=units.PercentUnit,
@@ -46,7 +46,7 @@ BOARD: Final = board(
                 empty="no attempts",
             ),
             stat(
-                "Created in 10 minutes",
+                "Created, 10 min",
                 "Sessions that conversion has started.",
                 increase(_CREATED, over="10m"),
                 unit=units.Short,

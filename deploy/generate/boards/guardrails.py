@@ -4,7 +4,7 @@ from typing import Final
 
 from grafana_foundation_sdk.models import units
 
-from deploy.generate.boards.panels import Column, Query, above, board, row, stat, states, table, timeseries
+from deploy.generate.boards.panels import Column, Query, above, board, colours, row, stat, states, table, timeseries
 from deploy.generate.boards.promql import increase, per_minute, rate, ratio
 
 _VERDICTS: Final = "guard_verdicts_total"
@@ -21,7 +21,7 @@ BOARD: Final = board(
         "Now",
         [
             stat(
-                "Chat blocked in 10 minutes",
+                "Chat blocked, 10 min",
                 "The share of chat operations that were blocked because they named an appointment and not its session."
                 " A client that was not updated, or a flag that came too early.",
                 ratio(rate(_CHAT_BLOCKED, over="10m"), rate("chat_requests_total", over="10m")),
@@ -30,27 +30,27 @@ BOARD: Final = board(
                 empty="no chat",
             ),
             stat(
-                "Billing blocked in 10 minutes",
+                "Billing blocked, 10 min",
                 "Each is somebody whose session was not billed as they meant it to be.",
                 increase(_BILLING_BLOCKED, over="10m"),
                 unit=units.Short,
                 limits=above(1),
             ),
             stat(
-                "Would be refused in an hour",
+                "Would be refused, 1 h",
                 "Requests that were let through with a warning: turning enforcement on would refuse them.",
                 increase(_WARNED, over="1h"),
                 unit=units.Short,
             ),
             stat(
-                "Tripwires in a day",
+                "Tripwires, 1 d",
                 "Flags that refused too much and turned themselves off.",
                 increase("flag_tripwire_total", over="1d"),
                 unit=units.Short,
                 limits=above(1),
             ),
             stat(
-                "Decisions lost in an hour",
+                "Decisions lost, 1 h",
                 "Verdicts that the decision log had no room for, because the database takes no rows.",
                 increase("guard_decisions_dropped_total", over="1h"),
                 unit=units.Short,
@@ -63,11 +63,11 @@ BOARD: Final = board(
         [
             states(
                 "Flags",
-                "What processes believe of a tenant without an override. Amber is a change on its way; it takes two"
+                "What processes believe of a tenant without an override. Orange is a change on its way; it takes two"
                 " seconds.",
                 Query("avg by (flag) (feature_flag_enabled)", "{{flag}}"),
-                ("0", "off", "blue"),
-                ("1", "on", "green"),
+                {"0": "off", "1": "on"},
+                colours(("blue", None), ("orange", 0.001), ("green", 1)),
             ),
             timeseries(
                 "Processes that disagree",
@@ -136,13 +136,13 @@ BOARD: Final = board(
         ],
         [
             table(
-                "Refused in an hour",
+                "Refused, 1 h",
                 "Operations and reasons with at least one refusal.",
                 Column("refused", increase(_REFUSED, "operation", "reason", over="1h") + " > 0", units.Short),
                 empty="nothing refused",
             ),
             table(
-                "Would be refused in an hour",
+                "Would be refused, 1 h",
                 "Operations and reasons with at least one warning.",
                 Column("warned", increase(_WARNED, "operation", "reason", over="1h") + " > 0", units.Short),
                 empty="nothing to refuse",

@@ -57,7 +57,7 @@ BOARD: Final = board(
                 empty="no attempts",
             ),
             stat(
-                "Wake-up calls lost in 10 minutes",
+                "Lost wake-ups, 10 min",
                 "What Redis did not take. Workers then look for themselves, a second later.",
                 increase("doorbell_failures_total", over="10m"),
                 unit=units.Short,

@@ -4,6 +4,7 @@ import json
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, TypeVar
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, statetimeline
@@ -42,6 +43,7 @@ from grafana_foundation_sdk.models.dashboard import (
     ValueMap,
     ValueMapping,
     ValueMappingResult,
+    VariableOption,
     VariableRefresh,
 )
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
@@ -90,16 +92,17 @@ def row(title: str, *lines: Sequence[Panel]) -> Row:
 def above(warning: float, critical: float | None = None) -> Limits:
     """Good below; with one number it is red from there on."""
     if critical is None:
-        return _limits(("green", None), ("red", warning))
-    return _limits(("green", None), ("orange", warning), ("red", critical))
+        return colours(("green", None), ("red", warning))
+    return colours(("green", None), ("orange", warning), ("red", critical))
 
 
 def below(warning: float, critical: float) -> Limits:
     """Good from `warning` on, red below `critical`."""
-    return _limits(("red", None), ("orange", critical), ("green", warning))
+    return colours(("red", None), ("orange", critical), ("green", warning))
 
 
-def _limits(*steps: tuple[str, float | None]) -> Limits:
+def colours(*steps: tuple[str, float | None]) -> Limits:
+    """From which value on it has which colour; the first has none."""
     return Limits().mode(ThresholdsMode.ABSOLUTE).steps([Threshold(value, colour) for colour, value in steps])
 
 
@@ -160,7 +163,7 @@ def stat(
         .graph_mode(BigValueGraphMode.NONE)
         .color_mode(BigValueColorMode.VALUE if limits is None else BigValueColorMode.BACKGROUND)
         .text_mode(BigValueTextMode.VALUE_AND_NAME if legend else BigValueTextMode.VALUE)
-        .thresholds(limits or _limits(("text", None)))
+        .thresholds(limits or colours(("text", None)))
     )
     if empty is not None:
         panel.no_value(empty)
@@ -181,14 +184,15 @@ def heatmap(title: str, description: str, histogram: str, *, unit: str) -> Panel
     )
 
 
-def states(title: str, description: str, query: Query, *texts: tuple[str, str, str], empty: str | None = None) -> Panel:
-    """Which state each series was in, over time. `texts` are (value, what it means, colour)."""
-    mapping: list[ValueMapping] = [
-        ValueMap({value: ValueMappingResult(text=text, color=colour) for value, text, colour in texts})
-    ]
+def states(
+    title: str, description: str, query: Query, texts: dict[str, str], limits: Limits, *, empty: str | None = None
+) -> Panel:
+    """Which state each series was in, over time. `texts` says what values mean, `limits` in which colour."""
+    mapping: list[ValueMapping] = [ValueMap({value: ValueMappingResult(text=text) for value, text in texts.items()})]
     panel = (
         _titled(statetimeline.Panel(), title, description, units.NoUnit)
         .mappings(mapping)
+        .thresholds(limits)
         .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
         .show_value(VisibilityMode.NEVER)
         .legend(_legend())
@@ -226,6 +230,7 @@ def variable(name: str, description: str, query: str) -> dashboard.QueryVariable
         .multi(True)
         .include_all(True)
         .all_value(".*")
+        .current(VariableOption(selected=True, text="All", value="$__all"))
     )
 
 
@@ -294,11 +299,11 @@ def _laid_out(rows: Sequence[Row]) -> list[Panel | RowPanel]:
         panels.append(RowPanel(title=row.title, id_val=len(panels) + 1, grid_pos=GridPos(h=1, w=COLUMNS, x=0, y=y)))
         y += 1
         for line in row.lines:
-            width = COLUMNS // len(line)
+            edges = [COLUMNS * position // len(line) for position in range(len(line) + 1)]
             height = STAT_HEIGHT if all(panel.type_val == "stat" for panel in line) else GRAPH_HEIGHT
-            for position, panel in enumerate(line):
+            for panel, (left, right) in zip(line, pairwise(edges), strict=True):
                 panel.id_val = len(panels) + 1
-                panel.grid_pos = GridPos(h=height, w=width, x=position * width, y=y)
+                panel.grid_pos = GridPos(h=height, w=right - left, x=left, y=y)
                 panel.links = _runbook_links(panel)
                 panels.append(panel)
             y += height

@@ -53,7 +53,7 @@ BOARD: Final = board(
                 limits=above(1800),
             ),
             stat(
-                "Telemetry lost in an hour",
+                "Telemetry lost, 1 h",
                 "Log lines and spans that had no room. What you see is then not all that happened.",
                 increase("obs_log_lines_dropped_total", over="1h")
                 + " + "

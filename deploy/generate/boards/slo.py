@@ -39,7 +39,7 @@ BOARD: Final = board(
                 legend="{{service}}",
             ),
             stat(
-                "Waiting for their session",
+                "Waiting for a session",
                 "Appointments that are due and have no session: people who look at an empty room.",
                 largest("appointments_due_count"),
                 unit=units.Short,
@@ -60,7 +60,7 @@ BOARD: Final = board(
                 unit=units.Short,
             ),
             stat(
-                "Sessions ended in an hour",
+                "Sessions ended, 1 h",
                 "How much is at stake at this time of day.",
                 increase("chat_session_duration_seconds_count", over="1h"),
                 unit=units.Short,
