@@ -56,6 +56,10 @@ def of_boards() -> Iterator[Expression]:
                 text = substituted(target["expr"])
                 place = f"{name}: {panel['title']} {target['refId']}"
                 yield Expression(place, text, quoted, may_be_empty)
+        for each in board["templating"]["list"]:
+            if found := re.fullmatch(r"label_values\((.+), (\w+)\)", each["query"]):
+                place = f"{name}: variable {each['name']}"
+                yield Expression(place, substituted(found[1]), frozenset({found[2]}), may_be_empty=False)
         for each in board["annotations"]["list"]:
             quoted = frozenset(re.findall(r"{{(\w+)}}", each["textFormat"]))
             yield Expression(f"{name}: annotation {each['name']}", substituted(each["expr"]), quoted, may_be_empty=True)

@@ -18,6 +18,7 @@ Values = frozenset[str] | None
 _OF_COUNTERS: Final = {"rate", "irate", "increase", "resets"}
 _OF_GAUGES: Final = {"delta", "idelta", "deriv", "predict_linear", "holt_winters"}
 _SETS: Final = {"and", "or", "unless"}
+_COMPARISONS: Final = {"==", "!=", ">", ">=", "<", "<="}
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ class Reading:
         scaled = str(node.op) in ("*", "/")
         if left is None or right is None:
             one = left or right
+            if one and one.counts and str(node.op) in _COMPARISONS:
+                self.mistakes.append(f"{node.op} of a counter, which only ever grows: {node.prettify()}")
             return one and replace(one, counts=one.counts and scaled)
         matching = node.modifier.matching if node.modifier else None
         on = matching.labels if matching and matching.type == LabelModifierType.Include else None

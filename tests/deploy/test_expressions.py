@@ -73,6 +73,12 @@ KNOWN: Final = known()
 EXPRESSIONS: Final = (*of_boards(), *of_rules())
 
 
+@pytest.mark.parametrize("expression", [*of_boards()], ids=str)
+def test_no_panel_shows_a_counter_as_it_is(expression: Expression) -> None:
+    answer = Reading(expression.text, KNOWN).answer
+    assert answer is None or not answer.counts
+
+
 @pytest.mark.parametrize("expression", EXPRESSIONS, ids=str)
 def test_every_expression_can_mean_something(expression: Expression) -> None:
     reading = Reading(expression.text, KNOWN)
@@ -101,6 +107,7 @@ def test_every_metric_is_looked_at_somewhere() -> None:
         ("rate(appointments_due_count[5m])", "rate() of what is no counter"),
         ("increase(sum(chat_messages_total)[5m:1m])", "increase() of what is no counter"),
         ("delta(chat_messages_total[5m])", "delta() of a counter"),
+        ("auth_failures_total > 10", "> of a counter, which only ever grows"),
         ("histogram_quantile(0.95, sum(rate(settlement_duration_seconds_bucket[5m])))", "there is no label le here"),
         ("db_connections_in_use / on (task) db_connections_max", "there is no label task here"),
         (

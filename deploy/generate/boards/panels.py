@@ -60,6 +60,8 @@ STAT_HEIGHT: Final = 4
 GRAPH_HEIGHT: Final = 8
 
 Limits = dashboard.ThresholdsConfig
+"""From which values on a panel is no longer green."""
+
 _Builder = TypeVar("_Builder", graphs.Panel, stats.Panel, heatmaps.Panel, tables.Panel, statetimeline.Panel)
 
 
@@ -74,6 +76,8 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Column:
+    """What a table shows beside the labels of its rows."""
+
     header: str
     expression: str
     unit: str
@@ -81,6 +85,8 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """Lines of panels below a title, which folds them away."""
+
     title: str
     lines: tuple[Sequence[Panel], ...]
 
@@ -258,6 +264,7 @@ def board(
 
 
 def render(board: Dashboard) -> str:
+    """The board as a file that Grafana loads."""
     return json.dumps(board, cls=JSONEncoder, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
