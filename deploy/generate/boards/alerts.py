@@ -129,6 +129,13 @@ BOARD: Final = board(
                 stacked=True,
             ),
             timeseries(
+                "Kept by the API",
+                "Alerts that it was told of, each once. None of them while something fires: nobody will find it in the"
+                " list of alerts later.",
+                Query(per_minute("alerts_received_total", "status"), "{{status}}"),
+                unit=units.CountsPerMinute,
+            ),
+            timeseries(
                 "Silences",
                 "What somebody has decided not to hear, for a time.",
                 Query("sum by (state) (alertmanager_silences)", "{{state}}"),
