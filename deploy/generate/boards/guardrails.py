@@ -120,6 +120,7 @@ BOARD: Final = board(
                 ),
                 unit=units.PercentUnit,
                 limits=above(0.1),
+                empty="no chat",
             ),
             timeseries(
                 "Billing blocked, by endpoint",

@@ -153,6 +153,7 @@ BOARD: Final = board(
                 Query(ratio(rate(FAILED), rate(REQUESTS)), "5xx"),
                 unit=units.PercentUnit,
                 limits=above(0.001, 0.05),
+                empty="no traffic",
             ),
             timeseries(
                 "In flight",
