@@ -10,7 +10,7 @@ from libs.domain.legacy.commands import Command
 from libs.domain.outbox.events import EventName
 from libs.guardrails import OPERATIONS, Family, Flag, Reason
 from libs.guardrails.operations import names_of
-from libs.observability.catalogue import Label, counter, gauge, histogram
+from libs.observability.catalogue import Label, counter, emitted_by, gauge, histogram
 
 _MODALITIES: Final = ("text", "voice", "video")
 _TASKS: Final = ("auto_start", "recovery", "legacy")
@@ -51,7 +51,8 @@ _VERDICTS: Final = [
     *(("refused", reason.code) for reason in _REFUSED),
 ]
 
-_HTTP: Final = (
+_HTTP: Final = emitted_by(
+    "api",
     histogram(
         "http_request_duration_seconds",
         "HTTP server request duration",
@@ -74,7 +75,8 @@ _HTTP: Final = (
     ),
 )
 
-_GUARD: Final = (
+_GUARD: Final = emitted_by(
+    "api",
     counter(
         "guard_verdicts_total",
         "Verdicts of the session guard",
@@ -98,11 +100,18 @@ _GUARD: Final = (
         "Decisions that the decision log had no room for",
         Label("verdict", ("allowed", "warned", "refused")),
     ),
-    gauge("feature_flag_enabled", "1 when the flag is on", Label("flag", tuple(Flag))),
-    counter("flag_tripwire_total", "Flags that went back to off by their tripwire", Label("flag", tuple(Flag))),
 )
 
-_SCHEDULING: Final = (
+_FLAGS: Final = (
+    gauge("feature_flag_enabled", "1 when the flag is on", Label("flag", tuple(Flag))),
+    *emitted_by(
+        "worker",
+        counter("flag_tripwire_total", "Flags that went back to off by their tripwire", Label("flag", tuple(Flag))),
+    ),
+)
+
+_SCHEDULING: Final = emitted_by(
+    "api",
     histogram(
         "scheduling_book_duration_seconds", "Booking command duration", source_alias="scheduling_book_duration_ms"
     ),
@@ -115,7 +124,8 @@ _SCHEDULING: Final = (
     counter("scheduling_book_conflict_total", "Booking conflicts"),
 )
 
-_CHAT: Final = (
+_CHAT: Final = emitted_by(
+    "api",
     gauge("chat_connections_active", "Open websocket connections"),
     gauge("chat_active_users", "Users with a live connection"),
     counter("chat_connections_opened_total", "Websocket connections opened"),
@@ -137,7 +147,8 @@ _CHAT: Final = (
     ),
 )
 
-_LEGACY: Final = (
+_LEGACY: Final = emitted_by(
+    "worker",
     counter("legacy_trigger_executions_total", "Legacy trigger runs", _command_name),
     counter(
         "legacy_trigger_appointments_processed_total",
@@ -148,14 +159,20 @@ _LEGACY: Final = (
 )
 
 _BILLING: Final = (
-    histogram("chat_session_duration_seconds", "Duration of ended sessions", Label("modality", _MODALITIES)),
-    histogram("chat_session_messages", "Messages per ended session"),
+    histogram(
+        "chat_session_duration_seconds",
+        "Duration of ended sessions",
+        Label("modality", _MODALITIES),
+        buckets=(60, 300, 600, 900, 1200, 1800, 2700, 3600, 5400, 7200),
+    ),
+    histogram("chat_session_messages", "Messages per ended session", buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500)),
     counter("billing_units_charged_total", "Units charged to patients", Label("modality", _MODALITIES)),
     counter("billing_payout_minor_total", "Paid to doctors, in the minor unit", Label("currency", limit=10)),
     histogram("settlement_duration_seconds", "Time to settle sessions, by one statement"),
 )
 
-_CONVERSION: Final = (
+_CONVERSION: Final = emitted_by(
+    "worker",
     gauge("appointments_due_count", "Confirmed appointments that are due and have no session"),
     gauge("appointments_needs_attention", "Appointments whose conversion is parked until an operator acts"),
     counter("appointment_session_conversion_attempted_total", "Conversions begun", Label("task", _TASKS)),
@@ -179,12 +196,14 @@ _CONVERSION: Final = (
     ),
 )
 
-_BACKGROUND: Final = (
+_BACKGROUND: Final = emitted_by(
+    "worker",
     counter("outbox_dispatch_attempts_total", "Outbox dispatch attempts", _event_name),
     counter("outbox_dispatch_failures_total", "Outbox dispatch failures", _event_name),
     gauge(
         "outbox_dispatch_lag_seconds",
-        "How long what is due in the outbox has waited for a worker, what is for webhooks apart",
+        "How long what is due in the outbox has waited for a worker, what is for webhooks apart; what was replayed, or"
+        " failed and is tried again, since its time came",
     ),
     gauge("outbox_dead", "Deliveries that were given up, those to webhooks apart"),
     counter(
@@ -194,21 +213,22 @@ _BACKGROUND: Final = (
     ),
     histogram("webhook_delivery_duration_seconds", "Duration of an attempt to deliver to a webhook endpoint"),
     gauge("worker_queue_depth", "Pending items per queue", Label("queue", ("outbox", "arq"))),
-    gauge("db_connections_in_use", "Pool connections checked out", Label("pool", ("api", "worker"))),
-    gauge("db_connections_max", "Pool connections at most", Label("pool", ("api", "worker"))),
     histogram(
         "job_duration_seconds",
         "Job duration",
         Label("task", tuple(JOBS)),
         Label("result", ("ok", "error", "retry", "timeout")),
     ),
-    counter("doorbell_failures_total", "Wake-up calls that Redis did not take"),
     gauge(
         "audit_violations",
         "Rows that violate an invariant, as of the last audit",
         Label("invariant", tuple(invariant.name for invariant in INVARIANTS)),
     ),
     gauge("audit_last_run_timestamp_seconds", "Unix time of the last finished audit"),
+)
+
+_ALERTS: Final = emitted_by(
+    "api",
     counter(
         "alerts_received_total",
         "Alerts that began to fire or were resolved, each counted once however often it is told",
@@ -217,4 +237,24 @@ _BACKGROUND: Final = (
     ),
 )
 
-CATALOGUE: Final = (*_HTTP, *_GUARD, *_SCHEDULING, *_CHAT, *_BILLING, *_LEGACY, *_CONVERSION, *_BACKGROUND)
+_INFRASTRUCTURE: Final = (
+    gauge("db_connections_in_use", "Pool connections checked out", Label("pool", ("api", "worker"))),
+    gauge("db_connections_max", "Pool connections at most", Label("pool", ("api", "worker"))),
+    counter("doorbell_failures_total", "Wake-up calls that Redis did not take"),
+)
+
+ROOMS: Final = {
+    "HTTP": _HTTP,
+    "The guard": _GUARD,
+    "Flags": _FLAGS,
+    "Scheduling": _SCHEDULING,
+    "Chat": _CHAT,
+    "Billing": _BILLING,
+    "Legacy commands": _LEGACY,
+    "Conversion": _CONVERSION,
+    "Background work": _BACKGROUND,
+    "Alerts": _ALERTS,
+    "Infrastructure": _INFRASTRUCTURE,
+}
+
+CATALOGUE: Final = tuple(spec for specs in ROOMS.values() for spec in specs)

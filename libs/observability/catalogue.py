@@ -6,7 +6,7 @@ or rule that mentions a metric follow from it; nothing else can create a metric.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final, Literal
 
@@ -44,7 +44,8 @@ class Label:
 class MetricSpec:
     """One metric. `combinations` lists the label values that really occur together, where the product of
     all closed sets would be mostly nonsense; None means the whole product. `source_alias` is the name
-    under which a recording rule answers as well: with `alias_expr` or, without one, with a summary in ms."""
+    under which a recording rule answers as well: with `alias_expr` or, without one, with a summary in ms.
+    `emitter` is the only kind of process in which it moves; None means any."""
 
     name: str
     kind: Kind
@@ -54,6 +55,7 @@ class MetricSpec:
     combinations: tuple[tuple[str, ...], ...] | None = None
     source_alias: str | None = None
     alias_expr: str | None = None
+    emitter: str | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -106,6 +108,11 @@ def histogram(
     alias_expr: str | None = None,
 ) -> MetricSpec:
     return MetricSpec(name, "histogram", help, labels, buckets, source_alias=source_alias, alias_expr=alias_expr)
+
+
+def emitted_by(emitter: str, *specs: MetricSpec) -> tuple[MetricSpec, ...]:
+    """Metrics that move in one kind of process alone; in the others they are there, and stay at zero."""
+    return tuple(replace(spec, emitter=emitter) for spec in specs)
 
 
 OWN: Final = (

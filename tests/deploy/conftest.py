@@ -22,6 +22,9 @@ from tests.servers import copy_of, url_of
 RATES = "count(count_over_time(up[1m]) > 2) == 4"
 """True when every target was scraped often enough for rates."""
 
+USED = 'sum(rate(http_request_duration_seconds_count{route="/api/v1/sessions/{context}/end"}[1m])) >= 0'
+"""True when what the last request counted is a rate."""
+
 
 @dataclass
 class Stack:
@@ -72,11 +75,12 @@ async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPa
             "alertmanager:9093": alertmanager,
         }
         prometheus = await stack.enter_async_context(running_prometheus(folder / "prometheus", addresses))
+        await until(lambda: prometheus.query(RATES), seconds=60)
         database = Database(url, application="tests", pool_size=2)
         clinic = await Clinic.open(database)
         await use(api, clinic)
         await database.close()
-        await until(lambda: prometheus.query(RATES), seconds=60)
+        await until(lambda: prometheus.query(USED), seconds=60)
         await until(prometheus.has_evaluated_every_rule)
         yield Stack(api, worker, start_worker, prometheus, clinic.operator, oncall)
 
@@ -88,7 +92,7 @@ def prometheus(stack: Stack) -> Prometheus:
 
 
 async def use(api: ApiProcess, clinic: Clinic) -> None:
-    """A consultation by text, from booking to its first message; and a stranger."""
+    """A consultation by text, from booking to its end; and a stranger."""
     doctor, patient = await clinic.doctor(), await clinic.patient()
     async with api.client() as strangers, api.client(doctor) as doctors, api.client(patient) as patients:
         await strangers.get("/api/v1/me")
@@ -104,3 +108,5 @@ async def use(api: ApiProcess, clinic: Clinic) -> None:
         await patients.post(f"/chat/{appointment_id}/messages", json=message)
         sent = await patients.post(f"/chat/{await until(context)}/messages", json=message)
         assert sent.status_code == 201, sent.text
+        ended = await patients.post(f"/sessions/{await context()}/end")
+        assert ended.status_code == 200, ended.text

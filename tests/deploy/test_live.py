@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 
 from deploy.generate import prometheus as generated
+from libs.domain.catalogue import CATALOGUE
 from libs.observability.rules import Recording
 from tests.deploy.conftest import Stack
+from tests.deploy.generated import Expression, of_boards
 from tests.deploy.monitoring import Prometheus
 from tests.processes import until
 
@@ -37,6 +39,20 @@ async def test_a_slow_request_leads_to_its_trace(prometheus: Prometheus) -> None
         return [each["labels"]["trace_id"] for series in found for each in series["exemplars"]]
 
     assert all(len(trace_id) == 32 for trace_id in await until(exemplars))
+
+
+@pytest.mark.parametrize("expression", [*of_boards()], ids=str)
+async def test_every_panel_has_something_to_show(prometheus: Prometheus, expression: Expression) -> None:
+    answers = await prometheus.query(expression.text)
+    assert answers or expression.may_be_empty
+
+
+@pytest.mark.parametrize("emitter", ["api", "worker"])
+async def test_metrics_of_one_process_stay_at_zero_in_the_other(prometheus: Prometheus, emitter: str) -> None:
+    names = "|".join(f"{spec.name}|{spec.name}_count" for spec in CATALOGUE if spec.emitter == emitter)
+    assert await prometheus.query(f'{{__name__=~"{names}", job="sessiongate-{emitter}"}} > 0')
+    moving = await prometheus.query(f'{{__name__=~"{names}", job=~"sessiongate-.*", job!="sessiongate-{emitter}"}} > 0')
+    assert sorted({each["metric"]["__name__"] for each in moving}) == []
 
 
 async def test_a_worker_that_dies_is_told_to_whoever_is_on_call_and_kept_by_the_api_until_it_is_back(
