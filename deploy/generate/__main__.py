@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from deploy.generate import alertmanager, prometheus
+from deploy.generate import alertmanager, kubernetes, prometheus
 
 ROOT: Final = Path(__file__).parents[2]
 
-MODULES: Final = (prometheus, alertmanager)
+MODULES: Final = (prometheus, alertmanager, kubernetes)
 """Each has a function `files()`: the texts of its files, by their paths below the root."""
 
 OWN_FOLDERS: Final = ("deploy/prometheus/rules", "deploy/grafana/dashboards")

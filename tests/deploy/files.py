@@ -1,6 +1,7 @@
 """The files of deploy/, read as what runs them reads them."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +49,6 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def is_pinned(image: str) -> bool:
-    """Whether an image is named with its version, down to the patch."""
+    """Whether an image is named with a whole version."""
     tag = image.rpartition("/")[2].partition(":")[2]
-    return tag.removeprefix("v").split("-")[0].count(".") >= 1 and tag[-1:].isalnum()
+    return re.fullmatch(r"v?\d+\.\d+(\.\d+)*(-[a-z0-9]+)*", tag) is not None

@@ -18,7 +18,7 @@ import httpx2
 import pytest
 
 from services.cli.embedded import LOGIN, OWNER
-from tests.deploy.files import API_PORT, DEPLOY, ROOT, WORKER_PORT, is_pinned
+from tests.deploy.files import API_PORT, DEPLOY, ROOT, WORKER_PORT, is_pinned, known_variables
 from tests.processes import free_port, until
 from tests.running import SECRET
 from tests.servers import administration, running_servers
@@ -58,6 +58,17 @@ def test_it_runs_as_nobody_in_particular_and_without_a_shell() -> None:
     assert "CMD [" in last["HEALTHCHECK"]
 
 
+def environment_of_the_image() -> dict[str, str]:
+    words = [shlex.split(words) for instruction, words in INSTRUCTIONS if instruction == "ENV"][-1]
+    return {name: value for name, _, value in (word.partition("=") for word in words) if name != "PATH"}
+
+
+def test_its_environment_is_made_of_settings() -> None:
+    ours = {name for name in environment_of_the_image() if not name.startswith("PYTHON")}
+    assert ours - known_variables() == set()
+    assert len(ours) == 3
+
+
 def test_its_ports_are_those_of_the_settings() -> None:
     last = dict(INSTRUCTIONS)
     assert last["EXPOSE"] == f"{API_PORT} {WORKER_PORT}"
@@ -90,7 +101,7 @@ MIGRATE = "import services.cli.main as m; assert m.__file__.startswith({!r}), m.
 async def test_what_it_installs_migrates_a_new_database_and_serves(site: Path) -> None:
     async with running_servers(durable=False) as servers:
         # As in the image: no home, and nothing of the repository where it runs.
-        environment = {
+        environment = environment_of_the_image() | {
             "PATH": os.environ["PATH"],
             "HOME": "/nonexistent",
             "PYTHONPATH": str(site),
