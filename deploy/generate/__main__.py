@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from deploy.generate import alertmanager, boards, metrics_page, prometheus
+from deploy.generate import alertmanager, boards, kubernetes, metrics_page, prometheus
 
 ROOT: Final = Path(__file__).parents[2]
 
-MODULES: Final = (prometheus, alertmanager, boards, metrics_page)
+MODULES: Final = (prometheus, alertmanager, kubernetes, boards, metrics_page)
 """Each has a function `files()`: the texts of its files, by their paths below the root."""
 
 OWN_FOLDERS: Final = ("deploy/prometheus/rules", "deploy/grafana/dashboards")
