@@ -5,7 +5,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -22,63 +22,17 @@ from libs.observability.tracing import (
     QUEUE_SPANS,
     SHUTDOWN_SECONDS,
     Tracing,
-    configure_tracing,
     is_sampled,
     record_span,
     sampled_trace_id,
     span,
     tracer_provider,
 )
+from tests.observability.conftest import Configure, traceparent
 
 ID = "550e8400-e29b-41d4-a716-446655440000"
 PHONE = "+4915112345678"
 SECOND = 1_000_000_000
-
-
-def traceparent(trace_id: int, flags: str = "01", span_id: int = 0xB7) -> dict[str, str]:
-    return {"traceparent": f"00-{trace_id:032x}-{span_id:016x}-{flags}"}
-
-
-@pytest.fixture(autouse=True)
-def _unconfigured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test configures ends with it."""
-    monkeypatch.setattr(tracing, "_tracing", None)
-
-
-@pytest.fixture
-def receiver() -> Iterator[OtlpReceiver]:
-    with OtlpReceiver() as running:
-        yield running
-
-
-Configure = Callable[..., Tracing]
-
-
-@pytest.fixture
-def metrics() -> Metrics:
-    return Metrics((), version="0", service="test")
-
-
-@pytest.fixture
-def configure(monkeypatch: pytest.MonkeyPatch, receiver: OtlpReceiver, metrics: Metrics) -> Iterator[Configure]:
-    """Configures tracing with environment variables, whose names lack their `OTEL_`; ended before `receiver`."""
-    configured: list[Tracing] = []
-
-    def configure(**environment: str) -> Tracing:
-        for name, value in environment.items():
-            monkeypatch.setenv(f"OTEL_{name}", value)
-        configured.append(configure_tracing("test", "1.2.3", metrics))
-        return configured[-1]
-
-    yield configure
-    for each in configured:
-        each.shutdown()
-
-
-@pytest.fixture
-def kept(configure: Configure, receiver: OtlpReceiver) -> Tracing:
-    """Tracing that exports everything to `receiver`."""
-    return configure(EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG="1")
 
 
 def only(receiver: OtlpReceiver, name: str) -> Span:
