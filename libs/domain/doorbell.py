@@ -13,6 +13,7 @@ from uuid import uuid4
 import orjson
 from arq.connections import ArqRedis
 from arq.constants import default_queue_name
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, get_current_span, use_span
 from redis.asyncio import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -22,6 +23,7 @@ from libs.domain.jobs import Job
 from libs.domain.news import CHANNEL, News, Watcher
 from libs.observability.context import carrier
 from libs.observability.registry import Metrics
+from libs.observability.tracing import span
 
 RING_TIMEOUT = 0.5
 """Seconds a ring may take; nobody waits for it, but a frozen Redis must not pile up tasks."""
@@ -63,24 +65,33 @@ class Doorbell:
         self._ringing: set[asyncio.Task[None]] = set()
         self.name = uuid4().hex
         self._news = News()
+        self._cause: Span = INVALID_SPAN
         self._publishing = False
 
     def ring(self, job: Job) -> None:
-        self._later(self._call(self._redis.enqueue_job(job.name, **encode(job))))
+        self._later(self._enqueue(job))
+
+    async def _enqueue(self, job: Job) -> None:
+        with span(f"arq.enqueue {job.name}", kind=SpanKind.PRODUCER):
+            await self._call(self._redis.enqueue_job(job.name, **encode(job)))
 
     def changed(self, conversation_id: int) -> None:
         if self.near:
             self.near.changed(conversation_id)
-        self._news.changed(conversation_id)
         self._publish()
+        self._news.changed(conversation_id)
 
     def typing(self, conversation_id: int, user_id: int, *, on: bool) -> None:
         if self.near:
             self.near.typing(conversation_id, user_id, on=on)
-        self._news.typing(conversation_id, user_id, on=on)
         self._publish()
+        self._news.typing(conversation_id, user_id, on=on)
 
     def _publish(self) -> None:
+        """Has the news told that are about to be added. Where several requests' are told together, the trace of the
+        first shows it."""
+        if not self._news:
+            self._cause = get_current_span()
         if not self._publishing:
             self._publishing = True
             self._later(self._publish_all())
@@ -88,7 +99,8 @@ class Doorbell:
     async def _publish_all(self) -> None:
         while self._news:
             news, self._news = self._news, News()
-            await self._call(self._redis.publish(CHANNEL, news.encode(self.name)))
+            with use_span(self._cause), span("redis.publish", kind=SpanKind.CLIENT):
+                await self._call(self._redis.publish(CHANNEL, news.encode(self.name)))
         self._publishing = False
 
     def _later(self, call: Coroutine[Any, Any, None]) -> None:

@@ -10,6 +10,7 @@ from typing import Final
 
 from libs.domain.billing.legacy import LegacyBilling
 from libs.domain.catalogue import CATALOGUE
+from libs.domain.channels import Channel
 from libs.domain.chat.bodies import Bodies
 from libs.domain.chat.sending import Chat
 from libs.domain.conversion.monitor import Thresholds
@@ -24,12 +25,16 @@ from libs.domain.sessions.settlement import Settlement
 from libs.domain.settings import FlagSettings, Settings
 from libs.domain.telemetry import GuardTelemetry
 from libs.domain.transaction import Bell, Transaction, transaction
-from libs.guardrails import Flag, Flags, Guard
+from libs.guardrails import Flag, Flags, Guard, Refused
 from libs.observability.logging import LogSettings, configure_logging
 from libs.observability.registry import Metrics
+from libs.observability.sampling import KeepBus
 from libs.observability.tracing import configure_tracing
 
 VERSION: Final = version("sessiongate")
+
+KEPT_TRACES: Final = "sessiongate:kept_traces"
+"""The channel on which processes tell each other which traces contain an error."""
 
 SWITCH_SECONDS: Final = 0.0002
 """How long the threads that write logs may keep the event loop from reading an answer of the database; at
@@ -123,8 +128,11 @@ async def telemetry(settings: Settings, service: str) -> AsyncIterator[Metrics]:
             metrics,
         )
         stack.callback(logging.close)
-        tracing = configure_tracing(service, VERSION, metrics)
+        tracing = configure_tracing(service, VERSION, metrics, expected=(Refused,))
         stack.callback(tracing.shutdown)
+        if tracing.tail:
+            bus = KeepBus(tracing.tail, Channel(settings.redis_url, KEPT_TRACES))
+            await stack.enter_async_context(bus.sharing())
         yield metrics
 
 

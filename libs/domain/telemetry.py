@@ -1,5 +1,6 @@
 """How this product speaks: which log module each room belongs to, and what the guard's verdicts say."""
 
+import time
 from typing import Final
 
 from libs.guardrails import (
@@ -16,6 +17,7 @@ from libs.guardrails import (
 )
 from libs.observability.logging import BoundLogger, get_logger
 from libs.observability.registry import Metrics
+from libs.observability.tracing import record_step
 
 _MODULES: Final = {
     "appointments": "scheduling",
@@ -61,6 +63,7 @@ class GuardTelemetry:
         self._others = others
 
     def saw(self, claim: Claim[Operation], facts: Facts, flags: Flags, verdict: Verdict) -> None:
+        began_ns = time.time_ns()
         operation = claim.operation
         metrics = self._metrics
         reason = verdict.refusal or verdict.shadow
@@ -77,6 +80,8 @@ class GuardTelemetry:
             self._tell(claim, facts, flags, verdict)
         for other in self._others:
             other.saw(claim, facts, flags, verdict)
+        told = {"operation": operation.name, "verdict": verdict.word} | ({"reason": reason.code} if reason else {})
+        record_step("guard.decide", start_ns=began_ns, end_ns=time.time_ns(), attributes=told)
 
     def _tell(self, claim: Claim[Operation], facts: Facts, flags: Flags, verdict: Verdict) -> None:
         operation = claim.operation

@@ -127,7 +127,10 @@ OWN: Final = (
         "Log lines lost because the queue was full",
         Label("level", ("routine", "urgent")),
     ),
-    counter("obs_spans_dropped_total", "Spans lost", Label("reason", ("queue_full",))),
+    counter("obs_spans_dropped_total", "Spans lost", Label("reason", ("queue_full", "evicted", "truncated"))),
+    counter(
+        "obs_traces_kept_total", "Traces of which spans were exported", Label("reason", ("head", "error", "remote"))
+    ),
     gauge("asyncio_tasks", "Live asyncio tasks"),
     histogram(
         "asyncio_loop_lag_seconds",

@@ -84,8 +84,13 @@ def carrier() -> dict[str, str]:
         carried[TENANT_ID] = str(tenant_id)
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
-        carried[TRACEPARENT] = f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
+        carried[TRACEPARENT] = traceparent(context)
     return carried
+
+
+def traceparent(context: trace.SpanContext) -> str:
+    """A span as W3C Trace Context spells it."""
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from opentelemetry import trace
 from libs.observability.context import CORRELATION_ID, accept_correlation_id, bind, client_family
 from libs.observability.logging import get_logger
 from libs.observability.registry import Metrics
-from libs.observability.tracing import sampled_first, sampled_trace_id
+from libs.observability.tracing import sampled_trace_id, served
 
 _log: Final = get_logger("http", "infra")
 
@@ -25,22 +25,41 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # What the headers of an answer are sent with: of a request, of a socket, and of a socket that is denied.
 _BEGINNINGS: Final = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
 
+UNMATCHED: Final = "unmatched"
+"""The route of a request that none serves."""
+
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 
 
-class HeadSampling:
-    """Pure ASGI middleware around an instrumented application. Instrumentation describes each request at length
-    before the sampler is asked; here it is asked first, and only requests whose trace is kept are described."""
+# Whose trace and whose line of work a request belongs to.
+_ORIGIN: Final = frozenset({b"traceparent", b"tracestate", b"baggage", HEADER})
 
-    def __init__(self, app: App) -> None:
+
+class RequestTracing:
+    """Pure ASGI middleware around an instrumented application: the trace of each request.
+
+    Paths in `untraced`, such as those of probes, have no spans, and neither have sockets, which last for hours. What
+    begins with one of the `foreign` prefixes is called by other systems, with whose traces and correlation ids ours
+    have nothing to do.
+    """
+
+    def __init__(self, app: App, *, untraced: frozenset[str] = frozenset(), foreign: tuple[str, ...] = ()) -> None:
         self._app = app
+        self._untraced = untraced
+        self._foreign = foreign
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
-        with sampled_first(headers):
+        path = scope["path"]
+        if path.startswith(self._foreign):
+            scope["headers"] = [header for header in scope["headers"] if header[0] not in _ORIGIN]
+        headers = {
+            name.decode(): value.decode("latin-1") for name, value in reversed(scope["headers"]) if name in _ORIGIN
+        }
+        recorded = scope["type"] == "http" and path not in self._untraced
+        with served(headers, recorded=recorded, **{"url.path": path}):
             await self._app(scope, receive, send)
 
 
@@ -100,6 +119,7 @@ class HttpTelemetry:
     def _tell(self, scope: Scope, status: int, took: float) -> None:
         route, method = self._route_of(scope), scope["method"]
         label = method if method in _METHODS else "OTHER"
+        _describe(route, label, status)
         trace_id = sampled_trace_id()
         duration = self._metrics.histogram("http_request_duration_seconds", route, label, str(status))
         duration.observe(took, {"trace_id": trace_id} if trace_id else None)
@@ -109,3 +129,17 @@ class HttpTelemetry:
         _log.info("http_request", method=label, route=route, status=status, latency_ms=latency_ms)
         if took > SLOW_SECONDS:
             _log.warning("slow_operation", category="performance", route=route, latency_ms=latency_ms)
+
+
+def _describe(route: str, method: str, status: int) -> None:
+    """Says on the span of the request what is known at its end; instrumentation has done so by itself."""
+    current = trace.get_current_span()
+    if not current.is_recording():
+        return
+    current.set_attributes({"http.request.method": method, "http.response.status_code": status})
+    current.update_name(method)
+    if route != UNMATCHED:
+        current.set_attribute("http.route", route)
+        current.update_name(f"{method} {route}")
+    if status >= 500:
+        current.set_status(trace.StatusCode.ERROR)

@@ -2,64 +2,71 @@
 
 Reads the standard variables: `OTEL_EXPORTER_OTLP_ENDPOINT` (or `…_TRACES_ENDPOINT`) switches the export
 on, `OTEL_EXPORTER_OTLP_PROTOCOL` chooses `http/protobuf` or `grpc`, `OTEL_TRACES_SAMPLER_ARG` is the
-share of traces kept. Without a collector nothing is recorded, but ids exist and reach the logs.
+share of traces kept besides those that contain an error. Without a collector nothing is recorded, but ids exist and
+reach the logs.
 """
 
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 from opentelemetry import propagate, trace
-from opentelemetry.context import Context
+from opentelemetry.context import Context, attach, detach
 from opentelemetry.instrumentation.utils import suppress_http_instrumentation
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Decision, ParentBased, Sampler, TraceIdRatioBased
-from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import INVALID_SPAN, Link, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from libs.observability.context import CORRELATION_ID, TENANT_ID, fields
+from libs.observability.context import CORRELATION_ID, TENANT_ID, TRACEPARENT, fields, traceparent
 from libs.observability.redaction import RedactingSpanExporter, Redactor
 from libs.observability.registry import Metrics
+from libs.observability.sampling import Tail
+from libs.observability.spans import RecordedSpan, Recorder, id_of_next_root, new_trace_id
 
 DEFAULT_RATIO: Final = 0.1
 SHUTDOWN_SECONDS: Final = 3.0
 QUEUE_SPANS: Final = 2048
 
-_NO_TRACER: Final = trace.NoOpTracer()
+# Of the headers that concern traces, baggage is not among those that are read: it is anybody's.
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
-_forced_span_id: ContextVar[int | None] = ContextVar("forced_span_id", default=None)
-_forced_trace_id: ContextVar[int | None] = ContextVar("forced_trace_id", default=None)
-
-
-class _IdGenerator(RandomIdGenerator):
-    """Random ids, but for a trace that was found to be kept, and the span whose id a row already refers to."""
-
-    def generate_trace_id(self) -> int:
-        return _forced_trace_id.get() or super().generate_trace_id()
-
-    def generate_span_id(self) -> int:
-        return _forced_span_id.get() or super().generate_span_id()
+_SCOPE: Final = InstrumentationScope("sessiongate")
 
 
 class Tracing:
-    """The spans of one process, until `shutdown`."""
+    """The spans of one process, until `shutdown`. Exceptions of the `expected` types are answers, not errors.
+    Without `tail` nothing is recorded."""
 
-    def __init__(self, provider: TracerProvider) -> None:
+    def __init__(
+        self,
+        provider: Recorder,
+        resource: Resource,
+        expected: tuple[type[Exception], ...],
+        tail: Tail[RecordedSpan] | None = None,
+        queue: BatchSpanProcessor | None = None,
+    ) -> None:
         self.provider: Final = provider
-        self.tracer: Final = provider.get_tracer("sessiongate")
+        self.resource: Final = resource
+        self.expected: Final = expected
+        self.tail: Final = tail
+        self._queue: Final = queue
+
+    def flush(self) -> None:
+        """Exports what is to be exported at this moment."""
+        if self._queue:
+            self._queue.force_flush()
 
     def shutdown(self) -> None:
         """Exports what is left; gives up on a collector that does not answer."""
-        # The SDK has no deadline of its own: it waits for each batch and its retries.
-        ending = threading.Thread(target=self.provider.shutdown, name="tracing shutdown", daemon=True)
-        ending.start()
-        ending.join(SHUTDOWN_SECONDS)
+        if self._queue:
+            # The SDK has no deadline of its own: it waits for each batch and its retries.
+            ending = threading.Thread(target=self._queue.shutdown, name="tracing shutdown", daemon=True)
+            ending.start()
+            ending.join(SHUTDOWN_SECONDS)
 
 
 _tracing: Tracing | None = None
@@ -109,27 +116,36 @@ class _Taking(SpanExporter):
         return self._exporter.force_flush(timeout_millis)
 
 
-def configure_tracing(service: str, version: str, metrics: Metrics) -> Tracing:
-    """Called once at the start of a process, never at import: exporters do not survive a fork."""
+def configure_tracing(
+    service: str, version: str, metrics: Metrics, *, expected: tuple[type[Exception], ...] = ()
+) -> Tracing:
+    """Called once at the start of a process, never at import: exporters do not survive a fork. An exception of one of
+    the `expected` types does not mark the span that it leaves as failed."""
     global _tracing
     endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     ratio = _ratio()
-    provider = TracerProvider(
-        sampler=_sampler(ratio) if endpoint else ALWAYS_OFF,
-        resource=Resource.create({"service.name": service, "service.version": version}),
-        id_generator=_IdGenerator(),
-        shutdown_on_exit=False,
-    )
+    resource = Resource.create({"service.name": service, "service.version": version})
+    propagate.set_global_textmap(_PROPAGATOR)
     if endpoint:
+        # Instrumentations still have the names of attributes that became stable as an option.
+        os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
         lost = metrics.counter("obs_spans_dropped_total", "queue_full")
-        provider.add_span_processor(_BoundedQueue(RedactingSpanExporter(_exporter(), Redactor()), on_lost=lost.inc))
-    _tracing = Tracing(provider)
+        queue = _BoundedQueue(RedactingSpanExporter(_exporter(), Redactor()), on_lost=lost.inc)
+        tail = Tail[RecordedSpan](lambda span: queue.on_end(span.readable(resource)), metrics)
+        _tracing = Tracing(Recorder(tail, ratio), resource, expected, tail, queue)
+    else:
+        _tracing = Tracing(Recorder(None), resource, expected)
     return _tracing
 
 
 def tracer_provider() -> trace.TracerProvider:
     """The configured provider, for instrumentation that wants one."""
     return _tracing.provider if _tracing else trace.NoOpTracerProvider()
+
+
+def is_recording() -> bool:
+    """Whether there is a collector, so that spans are recorded at all."""
+    return _tracing is not None and _tracing.tail is not None
 
 
 def _ratio() -> float:
@@ -141,12 +157,6 @@ def _ratio() -> float:
     if not 0 <= ratio <= 1:
         raise ValueError("OTEL_TRACES_SAMPLER_ARG must be a number from 0 to 1.")
     return ratio
-
-
-def _sampler(ratio: float) -> Sampler:
-    """Kept or not depends on the trace id alone, so that all processes agree and no client can force it."""
-    by_id = TraceIdRatioBased(ratio)
-    return ParentBased(by_id, remote_parent_sampled=by_id, remote_parent_not_sampled=by_id)
 
 
 def _exporter() -> SpanExporter:
@@ -164,22 +174,28 @@ def _exporter() -> SpanExporter:
     return HttpExporter()
 
 
-@contextmanager
 def span(
     name: str,
     *,
     kind: SpanKind = SpanKind.INTERNAL,
     parent: Mapping[str, str] | None = None,
+    attempt: int = 1,
     links: Sequence[Mapping[str, str]] = (),
     root: bool = False,
     **attributes: Any,
-) -> Iterator[trace.Span]:
+) -> AbstractContextManager[trace.Span]:
     """A span around the block. Its parent is the current span, or that of the carrier `parent`, or none
-    with `root`; `links` are carriers too. An exception marks it as failed."""
-    context = Context() if root else _context_of(parent) if parent is not None else None
-    current = _tracer().start_span(name, context, kind, _without_none(_identified(attributes)), links=_links(links))
-    with trace.use_span(current, end_on_exit=True):
-        yield current
+    with `root`; `links` are carriers too. From the second `attempt` at what `parent` asked for on, it is a root linked
+    to it: a late retry would only stretch that trace. An exception marks it as failed."""
+    if _tracing is None:
+        return nullcontext(INVALID_SPAN)
+    if parent is None:
+        within: trace.Span = INVALID_SPAN if root else trace.get_current_span()
+    else:
+        within, links = _placed(parent, attempt, links)
+    bound = fields()
+    described = {CORRELATION_ID: bound.get(CORRELATION_ID), TENANT_ID: bound.get(TENANT_ID), **attributes}
+    return _current(_tracing.provider.begin(name, _SCOPE, within, kind, _without_none(described), _links(links)))
 
 
 def record_span(
@@ -188,87 +204,131 @@ def record_span(
     parent: Mapping[str, str] | None,
     start_ns: int,
     end_ns: int,
+    attempt: int = 1,
+    kind: SpanKind = SpanKind.INTERNAL,
     span_id: str | None = None,
     links: Sequence[Mapping[str, str]] = (),
     failed: str | None = None,
     **attributes: Any,
-) -> None:
-    """Records what is over already: one span, from `start_ns` to `end_ns` in Unix time.
+) -> Mapping[str, str]:
+    """Records what is over already: one span, from `start_ns` to `end_ns` in Unix time, in the trace of the carrier
+    `parent` (None for a root) unless this was not the first `attempt`; see `span`. Answers its carrier.
 
-    Under `parent` (a carrier; None for a root) it does nothing unless that trace is kept. `span_id`
-    gives the span the id, in 16 hex digits, under which a row refers to it. `failed` describes a failure.
+    `span_id` gives the span the id, in 16 hex digits, under which a row refers to it. `failed` describes a failure.
     The correlation id is that of the parent, else of a link.
     """
-    if parent is not None and not is_sampled(parent):
-        return
-    context = Context() if parent is None else _context_of(parent)
+    if _tracing is None or _tracing.tail is None:
+        return {}
     carriers = links if parent is None else [parent, *links]
     correlation_id = next((carrier[CORRELATION_ID] for carrier in carriers if CORRELATION_ID in carrier), None)
-    identified = _without_none({CORRELATION_ID: correlation_id, **attributes})
-    token = _forced_span_id.set(int(span_id, 16) if span_id else None)
-    try:
-        recorded = _tracer().start_span(name, context, attributes=identified, links=_links(links), start_time=start_ns)
-    finally:
-        _forced_span_id.reset(token)
+    within: trace.Span = INVALID_SPAN
+    if parent is not None:
+        within, links = _placed(parent, attempt, links)
+    described = _without_none({CORRELATION_ID: correlation_id, **attributes})
+    recorded = _tracing.provider.begin(
+        name,
+        _SCOPE,
+        within,
+        kind,
+        described,
+        _links(links),
+        start_ns=start_ns,
+        span_id=int(span_id, 16) if span_id else None,
+    )
     if failed is not None:
-        recorded.set_status(Status(StatusCode.ERROR, failed))
+        recorded.set_status(StatusCode.ERROR, failed)
+    recorded.end(end_ns)
+    told = {TRACEPARENT: traceparent(recorded.get_span_context())}
+    return told if correlation_id is None else {CORRELATION_ID: correlation_id, **told}
+
+
+def record_step(
+    name: str,
+    *,
+    start_ns: int,
+    end_ns: int,
+    kind: SpanKind = SpanKind.INTERNAL,
+    failed: str | None = None,
+    attributes: dict[str, Any],
+) -> None:
+    """Records what is over already within the current span."""
+    if _tracing is None or _tracing.tail is None:
+        return
+    within = trace.get_current_span()
+    recorded = _tracing.provider.begin(name, _SCOPE, within, kind, attributes, (), start_ns=start_ns)
+    if failed is not None:
+        recorded.set_status(StatusCode.ERROR, failed)
     recorded.end(end_ns)
 
 
 @contextmanager
-def sampled_first(headers: Mapping[str, str]) -> Iterator[None]:
-    """Decides whether the trace of a request is kept before the block describes its span: the trace that `headers`
-    continue, or a new one. Unless it is kept, the block is not instrumented and its span has nothing but ids."""
+def served(headers: Mapping[str, str], *, recorded: bool, **attributes: Any) -> Iterator[None]:
+    """The span of a request around the block: in the trace that `headers` continue, or in a new one.
+
+    Instrumentation describes a request at length. That is left to it where the trace is chosen to be kept; in all
+    other traces it is switched off for the block, and the span begun here is what an error would show. Unless
+    `recorded` there is neither, but ids.
+    """
     if _tracing is None:
         yield
         return
     provider = _tracing.provider
-    parent = propagate.extract(headers, Context())
-    trace_id = trace.get_current_span(parent).get_span_context().trace_id or provider.id_generator.generate_trace_id()
-    if provider.sampler.should_sample(parent, trace_id, "").decision is not Decision.DROP:
-        token = _forced_trace_id.set(trace_id)
-        try:
+    within = _span_of(headers) if TRACEPARENT in headers else INVALID_SPAN
+    trace_id = within.get_span_context().trace_id or new_trace_id()
+    token = id_of_next_root.set(trace_id)
+    try:
+        if recorded and provider.chooses(trace_id):
             yield
-        finally:
-            _forced_trace_id.reset(token)
-    else:
-        ids = SpanContext(trace_id, provider.id_generator.generate_span_id(), is_remote=False)
-        with suppress_http_instrumentation(), trace.use_span(NonRecordingSpan(ids)):
-            yield
+        else:
+            begun = provider.begin("", _SCOPE, within, SpanKind.SERVER, attributes, (), recorded=recorded)
+            with suppress_http_instrumentation(), _current(begun):
+                yield
+    finally:
+        id_of_next_root.reset(token)
 
 
 def is_sampled(carrier: Mapping[str, str]) -> bool:
-    """Whether the trace of the carrier is kept. The flags are a bit field; other bits occur."""
-    return _span_context(carrier).trace_flags.sampled
+    """Whether the trace of the carrier is kept in any case. The flags are a bit field; other bits occur."""
+    return _span_of(carrier).get_span_context().trace_flags.sampled
 
 
 def sampled_trace_id() -> str | None:
-    """The id of the current trace if it is kept: what an exemplar may point to."""
+    """The id of the current trace if it is kept in any case: what an exemplar may point to."""
     context = trace.get_current_span().get_span_context()
     return f"{context.trace_id:032x}" if context.is_valid and context.trace_flags.sampled else None
 
 
-def _tracer() -> trace.Tracer:
-    return _tracing.tracer if _tracing else _NO_TRACER
+@contextmanager
+def _current(begun: trace.Span) -> Iterator[trace.Span]:
+    """Has the span be the current one for the block, and ends it."""
+    token = attach(trace.set_span_in_context(begun))
+    try:
+        yield begun
+    except Exception as error:
+        if _tracing is None or not isinstance(error, _tracing.expected):
+            begun.record_exception(error)
+            begun.set_status(StatusCode.ERROR, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        detach(token)
+        begun.end()
 
 
-def _identified(attributes: dict[str, Any]) -> dict[str, Any]:
-    bound = fields()
-    return {CORRELATION_ID: bound.get(CORRELATION_ID), TENANT_ID: bound.get(TENANT_ID), **attributes}
+def _placed(
+    cause: Mapping[str, str], attempt: int, links: Sequence[Mapping[str, str]]
+) -> tuple[trace.Span, Sequence[Mapping[str, str]]]:
+    """In which span an attempt belongs, and what it is linked to."""
+    return (_span_of(cause), links) if attempt == 1 else (INVALID_SPAN, [cause, *links])
 
 
 def _without_none(attributes: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in attributes.items() if value is not None}
 
 
-def _context_of(carrier: Mapping[str, str]) -> Context:
-    return _PROPAGATOR.extract(carrier, Context())
-
-
-def _span_context(carrier: Mapping[str, str]) -> SpanContext:
-    return trace.get_current_span(_context_of(carrier)).get_span_context()
+def _span_of(carrier: Mapping[str, str]) -> trace.Span:
+    return trace.get_current_span(_PROPAGATOR.extract(carrier, Context()))
 
 
 def _links(carriers: Sequence[Mapping[str, str]]) -> list[Link]:
-    contexts = [_span_context(carrier) for carrier in carriers]
+    contexts = [_span_of(carrier).get_span_context() for carrier in carriers]
     return [Link(context) for context in contexts if context.is_valid]

@@ -19,7 +19,7 @@ from libs.domain.doorbell import Doorbell
 from libs.domain.runtime import VERSION, Runtime, compose, flags_of, telemetry
 from libs.domain.settings import FlagSettings, libpq_dsn, load
 from libs.observability.exposition import MetricsAccess
-from libs.observability.http import HeadSampling, HttpTelemetry
+from libs.observability.http import UNMATCHED, HttpTelemetry, RequestTracing
 from libs.observability.loop import watch_loop
 from libs.observability.tracing import tracer_provider
 from services.api import errors, internal, public
@@ -54,6 +54,8 @@ ROOMS: Final = (
 )
 BASE: Final = "/api/v1"
 LEGACY_BASE: Final = "/api"
+FOREIGN: Final = ("/internal/", "/webhooks/")
+"""What other systems call; see `RequestTracing`."""
 GRACE_SECONDS: Final = 15
 FRAME_LIMIT: Final = 65_536
 PING_SECONDS: Final = 20
@@ -117,7 +119,6 @@ def create_app(
         tracer_provider=tracer_provider(),
         meter_provider=NoOpMeterProvider(),  # the metrics are our own
         exclude_spans=["receive", "send"],
-        excluded_urls="/metrics,/healthz,/readyz",
     )
     return app
 
@@ -138,7 +139,7 @@ class RouteTemplates:
             self._templates = {
                 context.endpoint: context.path for context in contexts if context.endpoint and context.path
             }
-        return self._templates.get(scope.get("endpoint"), "unmatched")
+        return self._templates.get(scope.get("endpoint"), UNMATCHED)
 
 
 @asynccontextmanager
@@ -169,7 +170,7 @@ async def open_app(settings: ApiSettings, flags: FlagSettings) -> AsyncIterator[
 
 def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
     return uvicorn.Config(
-        HeadSampling(app),
+        RequestTracing(app, untraced=public.PROBES, foreign=FOREIGN),
         host=settings.api_host,
         port=settings.api_port,
         log_config=None,

@@ -9,6 +9,7 @@ from arq import func
 from arq.connections import ArqRedis
 from arq.typing import WorkerCoroutine
 from arq.worker import Function, Worker
+from opentelemetry.trace import SpanKind
 from redis.asyncio import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
@@ -36,10 +37,15 @@ def functions(handlers: Handlers, metrics: Metrics) -> list[Function]:
         raise LookupError(f"No handler for the jobs {', '.join(missing)}.")
 
     def observed(job: type[Job], handler: Callable[[], None]) -> Function:
-        async def run(_: dict[str, Any], *, payload: dict[str, Any], carrier: dict[str, str]) -> None:
+        async def run(context: dict[str, Any], *, payload: dict[str, Any], carrier: dict[str, str]) -> None:
             began = time.perf_counter()
             result = "error"
-            with continued(carrier), span(f"arq.job {job.name}", parent=carrier):
+            attempt = context["job_try"]
+            with (
+                continued(carrier),
+                span(f"arq.job {job.name}", kind=SpanKind.CONSUMER, parent=carrier, attempt=attempt) as current,
+            ):
+                current.set_attribute("job.try", attempt)
                 try:
                     job(**payload)
                     handler()

@@ -193,7 +193,8 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "obs_label_values_rejected_total": ("counter", {"metric": OPEN}),
     "obs_log_redactions_total": ("counter", {"kind": "email phone body secret name"}),
     "obs_log_lines_dropped_total": ("counter", {"level": "routine urgent"}),
-    "obs_spans_dropped_total": ("counter", {"reason": "queue_full"}),
+    "obs_spans_dropped_total": ("counter", {"reason": "queue_full evicted truncated"}),
+    "obs_traces_kept_total": ("counter", {"reason": "head error remote"}),
 }
 ALIASES = {
     "http_request_duration_seconds": "http_request_duration_ms",
@@ -275,6 +276,13 @@ SPANS = {
     "legacy.activate_booked_appointments",
     "{consumer}.deliver",
     "arq.job {job.name}",
+    "arq.enqueue {job.name}",
+    "chat.frame",
+    "guard.decide",
+    "outbox.write",
+    "outbox.dispatch",
+    "redis.publish",
+    "POST",
 }
 
 # By how urgent they are; the budgets of objectives are told by pages and by tickets.
@@ -451,6 +459,7 @@ def test_operators_are_told_of_every_metric_log_event_and_span() -> None:
     words = set(re.findall(r"`([\w.{} ]+)`", told))
     assert set(LOG_EVENTS) - words == set()
     spelled = {"{consumer}.deliver": "notifications.deliver", "arq.job {job.name}": "arq.job {name}"}
+    spelled["arq.enqueue {job.name}"] = "arq.enqueue {name}"
     assert {spelled.get(span, span) for span in SPANS} - words == set()
 
 
@@ -491,10 +500,12 @@ def test_log_events_keep_their_names_and_operators_their_phrases() -> None:
 
 
 def test_spans_keep_their_names() -> None:
-    names = {ast.unparse(call.args[0]).removeprefix("f").strip("'") for call in calls("span", "record_span")}
-    # The span of a run is looked up by the task.
+    names = {
+        ast.unparse(call.args[0]).removeprefix("f").strip("'") for call in calls("span", "record_span", "record_step")
+    }
+    # The span of a run is looked up by the task; that of a statement has the name of what it does.
     looked_up = {"appointments.auto_start", "appointments.recover", "legacy.activate_booked_appointments"}
-    assert names - {"_SPANS[run.task]"} | looked_up == SPANS
+    assert names - {"_SPANS[run.task]", "name"} | looked_up == SPANS
     assert looked_up <= strings()
     assert {consumer.value for consumer in Consumer} == {"notifications", "webhook"}
 

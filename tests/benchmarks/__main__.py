@@ -3,7 +3,7 @@
 import asyncio
 import sys
 
-from tests.benchmarks import conversion, fanout, growth, latency, send, settlement
+from tests.benchmarks import conversion, fanout, growth, latency, send, settlement, telemetry
 from tests.benchmarks.harness import console, keep, show
 
 BENCHMARKS = {
@@ -13,6 +13,7 @@ BENCHMARKS = {
     "latency": latency.run,
     "send": send.run,
     "settlement": settlement.run,
+    "telemetry": telemetry.run,
 }
 
 

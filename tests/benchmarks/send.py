@@ -2,19 +2,14 @@
 that only store: 16 connections, 1,000 sessions, one process each.
 """
 
-import asyncio
-import os
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
 import asyncpg
-import httpx2
 import orjson
 
 from libs.domain.conversion.runs import Converter
@@ -23,9 +18,10 @@ from libs.guardrails import Principal, Role
 from services.cli.embedded import DATABASE, LOGIN
 from tests.benchmarks.harness import Figures, Result, fresh_copy, interleaved, named, speeds
 from tests.benchmarks.http_load import Load, Request, load
+from tests.benchmarks.serving import serving
 from tests.clinic import ACTIVATE
 from tests.population import populate, settle
-from tests.processes import free_port, running_api_process, until
+from tests.processes import running_api_process
 from tests.running import token_of
 from tests.servers import migrate, running_servers, url_of
 
@@ -49,7 +45,7 @@ class Room:
 
 async def run() -> Result:
     with tempfile.TemporaryDirectory() as folder:
-        async with running_servers(durable=True) as servers, _running_endpoint("collector") as collector:
+        async with running_servers(durable=True) as servers, serving("endpoints:collector") as collector:
             await migrate(servers)
             rooms = await open_rooms(url_of(servers, DATABASE), SESSIONS)
             to_the_product = [_to_the_product(room) for room in rooms]
@@ -63,7 +59,7 @@ async def run() -> Result:
                         servers.redis_url,
                         Path(folder) / f"{name}.jsonl",
                         SESSIONGATE_CHAT_MESSAGES_PER_MINUTE="1000000",
-                        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector}",
+                        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.port}",
                     ) as api,
                 ):
                     return await load(Load(api.port, to_the_product))
@@ -77,9 +73,9 @@ async def run() -> Result:
             async def other(endpoint: str) -> Figures:
                 async with (
                     fresh_copy(servers, DATABASE) as name,
-                    _running_endpoint(endpoint, url_of(servers, name, LOGIN)) as port,
+                    serving(f"endpoints:{endpoint}", DATABASE_URL=url_of(servers, name, LOGIN)) as served,
                 ):
-                    return await load(Load(port, to_the_others))
+                    return await load(Load(served.port, to_the_others))
 
             figures = await interleaved({"product": product, "bare_asyncpg": bare_asyncpg, "orm_insert": orm_insert})
     return Result(
@@ -127,30 +123,3 @@ def _to_the_others(room: Room) -> Request:
         }
     )
     return Request.post("/messages", body)
-
-
-@asynccontextmanager
-async def _running_endpoint(name: str, database_url: str = "") -> AsyncIterator[int]:
-    """One of `endpoints` in a process of its own; yields its port."""
-    port = free_port()
-    command = ["uvicorn", f"tests.benchmarks.endpoints:{name}", "--factory", "--port", str(port)]
-    options = ["--log-level", "warning", "--no-access-log", "--no-server-header", "--no-proxy-headers"]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", *command, *options, env={**os.environ, "DATABASE_URL": database_url}
-    )
-
-    async def serves() -> bool:
-        assert process.returncode is None, f"The endpoint ended with {process.returncode}."
-        try:
-            async with httpx2.AsyncClient() as client:
-                return (await client.get(f"http://127.0.0.1:{port}/openapi.json")).status_code == 200
-        except httpx2.TransportError:
-            return False
-
-    try:
-        await until(serves)
-        yield port
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()

@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from opentelemetry.trace import SpanKind
 from sqlalchemy import TextClause, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.expression import bindparam
@@ -10,6 +11,7 @@ from libs.domain.jobs import DispatchOutbox
 from libs.domain.outbox.events import LANES, EventName, Lane, deliver
 from libs.domain.transaction import Transaction
 from libs.observability.context import carrier
+from libs.observability.tracing import span
 
 
 def _with_event(statement: str) -> TextClause:
@@ -42,7 +44,8 @@ async def append(tx: Transaction, name: EventName, *, tenant_id: int, aggregate:
     ambient context would attribute them to the wrong one.
     """
     lane = LANES.get(name, Lane.NORMAL)
-    await tx.execute(_APPEND, _event(name, tenant_id, aggregate, payload) | {"lane": lane.value})
+    with span("outbox.write", kind=SpanKind.PRODUCER, event_name=name.value):
+        await tx.execute(_APPEND, _event(name, tenant_id, aggregate, payload) | {"lane": lane.value})
     tx.ring(DispatchOutbox())
 
 
@@ -58,7 +61,8 @@ async def address(
 ) -> int:
     """Likewise, but for that consumer alone; answers the id of its delivery."""
     addressed = {"consumer": consumer, "lane": lane.value}
-    delivery = await tx.execute(_ADDRESS, _event(name, tenant_id, aggregate, payload) | addressed)
+    with span("outbox.write", kind=SpanKind.PRODUCER, event_name=name.value):
+        delivery = await tx.execute(_ADDRESS, _event(name, tenant_id, aggregate, payload) | addressed)
     tx.ring(DispatchOutbox())
     return int(delivery.scalar_one())
 

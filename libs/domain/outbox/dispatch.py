@@ -15,6 +15,8 @@ from datetime import datetime
 from typing import Any, Final, Protocol
 from uuid import UUID, uuid4
 
+from opentelemetry.trace import SpanKind, StatusCode
+
 from libs.domain.db import Database, is_transient
 from libs.domain.outbox.events import Consumer, EventName, Lane
 from libs.domain.tables import PENDING_DELIVERY
@@ -22,7 +24,7 @@ from libs.domain.telemetry import logger
 from libs.observability.context import continued
 from libs.observability.redaction import scrub_error
 from libs.observability.registry import Metrics
-from libs.observability.tracing import record_span
+from libs.observability.tracing import record_span, span
 
 _log: Final = logger("outbox")
 
@@ -125,6 +127,19 @@ class _Delivery:
     event: Event
     carrier: dict[str, str]
 
+    def described(self) -> dict[str, Any]:
+        """What the span of the attempt is and says."""
+        return {
+            "kind": SpanKind.CONSUMER,
+            "parent": self.carrier,
+            "attempt": self.attempts,
+            "event_id": str(self.event.event_id),
+            "event_name": self.event.name.value,
+            "outbox_id": self.id,
+            "tenant_id": self.event.tenant_id,
+            "consumer": self.event.consumer,
+        }
+
 
 class Dispatcher:
     """Dispatches one lane after the other's example; each lane has its own task in the worker, and so has each
@@ -174,23 +189,55 @@ class Dispatcher:
         return len(rows), by_consumer
 
     async def _deliver(self, consumer: Consumer, deliveries: list[_Delivery], token: UUID) -> None:
+        if len(deliveries) == 1:
+            await self._deliver_one(consumer, deliveries[0], token)
+            return
         began_ns = time.time_ns()
+        try:
+            status = await self._attempt(consumer, deliveries)
+        except Exception:
+            # One of them spoils the batch: find out which.
+            for delivery in deliveries:
+                await self._deliver_one(consumer, delivery, token)
+            return
+        delivered_ns = time.time_ns()
+        await self._dispatched(deliveries, token, status)
+        ended_ns = time.time_ns()
+        for delivery in deliveries:
+            dispatch = record_span("outbox.dispatch", start_ns=began_ns, end_ns=ended_ns, **delivery.described())
+            record_span(f"{consumer}.deliver", parent=dispatch, start_ns=began_ns, end_ns=delivered_ns)
+
+    async def _deliver_one(self, consumer: Consumer, delivery: _Delivery, token: UUID) -> None:
+        with continued(delivery.carrier), span("outbox.dispatch", **delivery.described()) as dispatch:
+            try:
+                with span(f"{consumer}.deliver"):
+                    status = await self._attempt(consumer, [delivery])
+            except Exception as error:
+                dispatch.set_status(StatusCode.ERROR, type(error).__name__)
+                await self._failed(consumer, delivery, token, error)
+            else:
+                await self._dispatched([delivery], token, status)
+
+    async def _attempt(self, consumer: Consumer, deliveries: list[_Delivery]) -> int | None:
         for delivery in deliveries:
             self._metrics.counter("outbox_dispatch_attempts_total", delivery.event.name).inc()
-        try:
-            status = await self._consumers[consumer].deliver([delivery.event for delivery in deliveries])
-        except Exception as error:
-            if len(deliveries) > 1:
-                # One of them spoils the batch: find out which.
-                for delivery in deliveries:
-                    await self._deliver(consumer, [delivery], token)
-            else:
-                await self._failed(consumer, deliveries[0], token, error)
-            return
+        return await self._consumers[consumer].deliver([delivery.event for delivery in deliveries])
+
+    async def _dispatched(self, deliveries: list[_Delivery], token: UUID, status: int | None) -> None:
         async with self._database.autocommit() as connection:
             await connection.execute(_DISPATCHED, [delivery.id for delivery in deliveries], token, status)
         for delivery in deliveries:
-            self._tell(consumer, delivery, began_ns)
+            event = delivery.event
+            with continued(delivery.carrier):
+                _log.info(
+                    "outbox_dispatched",
+                    event_name=event.name,
+                    outbox_id=delivery.id,
+                    event_id=str(event.event_id),
+                    attempts=delivery.attempts,
+                    consumer=event.consumer,
+                    tenant_id=event.tenant_id,
+                )
 
     async def _postpone(
         self, delivery_id: int, attempts: int, token: UUID, error: Exception, kind: Consumer = Consumer.NOTIFICATIONS
@@ -228,47 +275,21 @@ class Dispatcher:
         unnotified = consumer is Consumer.NOTIFICATIONS and event.name is EventName.SESSION_STARTED
         if unnotified:
             self._metrics.counter("appointment_session_notification_failed_total").inc()
-        with continued(delivery.carrier):
-            # What a receiver refuses is nothing that we could mend.
-            tell = _log.warning if isinstance(error, NotDeliveredError) else _log.error
-            tell(
-                "outbox_failed",
-                event_name=event.name,
-                outbox_id=delivery.id,
-                event_id=str(event.event_id),
-                attempts=delivery.attempts,
-                consumer=event.consumer,
-                tenant_id=event.tenant_id,
-                failure_reason="notification_failed" if unnotified else None,
-                error_message=scrub_error(error),
-                exception_type=type(error).__name__,
-                dead=dead,
-                transient=is_transient(error),
-            )
-
-    def _tell(self, consumer: Consumer, delivery: _Delivery, began_ns: int) -> None:
-        event, retried = delivery.event, delivery.attempts > 1
-        with continued(delivery.carrier):
-            _log.info(
-                "outbox_dispatched",
-                event_name=event.name,
-                outbox_id=delivery.id,
-                event_id=str(event.event_id),
-                attempts=delivery.attempts,
-                consumer=event.consumer,
-                tenant_id=event.tenant_id,
-            )
-        # A first attempt belongs to the trace that caused it; a late retry would only stretch it.
-        record_span(
-            f"{consumer}.deliver",
-            parent=None if retried else delivery.carrier,
-            links=[delivery.carrier] if retried else [],
-            start_ns=began_ns,
-            end_ns=time.time_ns(),
-            event_id=str(event.event_id),
-            event_name=event.name.value,
+        # What a receiver refuses is nothing that we could mend.
+        tell = _log.warning if isinstance(error, NotDeliveredError) else _log.error
+        tell(
+            "outbox_failed",
+            event_name=event.name,
             outbox_id=delivery.id,
+            event_id=str(event.event_id),
+            attempts=delivery.attempts,
+            consumer=event.consumer,
             tenant_id=event.tenant_id,
+            failure_reason="notification_failed" if unnotified else None,
+            error_message=scrub_error(error),
+            exception_type=type(error).__name__,
+            dead=dead,
+            transient=is_transient(error),
         )
 
 

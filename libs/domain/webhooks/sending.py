@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import httpx2
 import orjson
+from opentelemetry.trace import SpanKind, StatusCode
 
 from libs.domain.outbox.dispatch import Event, NotDeliveredError
 from libs.domain.runtime import VERSION, Runtime
@@ -24,6 +25,7 @@ from libs.domain.webhooks.destinations import (
     literal,
     port_of,
 )
+from libs.observability.tracing import span
 
 _log: Final = logger("webhooks")
 
@@ -143,22 +145,34 @@ class Webhooks:
                 extensions={"sni_hostname": host},
             )
             try:
-                return await self._send(request)
+                return await self._send(request, url)
             except httpx2.ConnectError:
                 if number == len(addresses):
                     raise
         raise OSError("no address")
 
-    async def _send(self, request: httpx2.Request) -> int:
-        response = await self._transport.handle_async_request(request)
-        try:
-            read = 0
-            async for chunk in response.aiter_raw():
-                read += len(chunk)
-                if read >= LONGEST_ANSWER:
-                    break
-        finally:
-            await response.aclose()
+    async def _send(self, request: httpx2.Request, url: httpx2.URL) -> int:
+        with span("POST", kind=SpanKind.CLIENT) as call:
+            call.set_attributes(
+                {
+                    "http.request.method": "POST",
+                    "server.address": url.host,
+                    "server.port": port_of(url),
+                    "url.full": str(url.copy_with(username=None, password=None, query=None, fragment=None)),
+                }
+            )
+            response = await self._transport.handle_async_request(request)
+            try:
+                read = 0
+                async for chunk in response.aiter_raw():
+                    read += len(chunk)
+                    if read >= LONGEST_ANSWER:
+                        break
+            finally:
+                await response.aclose()
+            call.set_attribute("http.response.status_code", response.status_code)
+            if response.status_code >= 400:
+                call.set_status(StatusCode.ERROR)
         return response.status_code
 
     async def _disable(self, tenant_id: int, endpoint_id: int) -> None:

@@ -111,7 +111,8 @@ class Socket:
             frame = None
             try:
                 frame = frames.parse(text)
-                await self._act(frame)
+                with span("chat.frame", root=True, frame_type=frame.type):
+                    await self._act(frame)
             except Exception as error:
                 refused = refusal(error)
                 await self._runtime.recorder.room()

@@ -1,0 +1,79 @@
+"""A span for each statement, within the trace of whoever sends it.
+
+The instrumentations that there are would describe each statement at length, all of its text included, for 40 µs
+apiece; these are four. Both ways to the database are covered, and no statement is by both: SQLAlchemy prepares what it
+runs, and asyncpg's log of queries is of all others.
+"""
+
+import re
+import time
+from functools import lru_cache
+from typing import Any, Final
+
+import asyncpg
+from opentelemetry.trace import SpanKind
+from sqlalchemy import Engine, event
+
+from libs.observability.tracing import record_step
+
+_CHANGE: Final = re.compile(
+    r"\b(?:(INSERT) INTO|(?<!FOR )(?<!KEY )(?<!DO )(UPDATE)|(DELETE) FROM)\s+(\w+)", re.IGNORECASE
+)
+_READ: Final = re.compile(r"\b(SELECT)\b.*?\bFROM\s+(\w+)", re.IGNORECASE | re.DOTALL)
+_ATTRIBUTES: Final = ("db.operation.name", "db.collection.name")
+_WORD: Final = re.compile(r"\w+")
+
+
+def trace_statements(connection: "asyncpg.Connection[Any]") -> None:
+    """Has spans recorded of the statements of a bare connection."""
+    connection.add_query_logger(_logged)
+
+
+def trace_engine(engine: Engine) -> None:
+    """Likewise of the statements that go through SQLAlchemy."""
+    event.listen(engine, "before_cursor_execute", _begun)
+    event.listen(engine, "after_cursor_execute", _finished)
+    event.listen(engine, "handle_error", _failed)
+
+
+@lru_cache(maxsize=1024)
+def summary(statement: str) -> tuple[str, ...]:
+    """What a statement does first, and to which table if that is plain: `("INSERT", "messages")`. Empty for what is
+    none, such as a ping."""
+    if found := _CHANGE.search(statement) or _READ.search(statement):
+        return tuple(part.upper() if number == 0 else part for number, part in enumerate(filter(None, found.groups())))
+    word = _WORD.search(statement)
+    return (word[0].upper(),) if word else ()
+
+
+def _logged(query: Any) -> None:
+    ended_ns = time.time_ns()
+    _record(query.query, ended_ns - int(query.elapsed * 1e9), ended_ns, query.exception)
+
+
+def _begun(_: Any, __: Any, ___: str, ____: Any, context: Any, *_____: Any) -> None:
+    context.began_ns = time.time_ns()
+
+
+def _finished(_: Any, __: Any, statement: str, ___: Any, context: Any, *____: Any) -> None:
+    _record(statement, context.began_ns, time.time_ns(), None)
+
+
+def _failed(failure: Any) -> None:
+    began_ns = getattr(failure.execution_context, "began_ns", None)
+    if began_ns is not None:
+        _record(failure.statement, began_ns, time.time_ns(), failure.original_exception)
+
+
+def _record(statement: str, start_ns: int, end_ns: int, error: BaseException | None) -> None:
+    words = summary(statement)
+    if words:
+        name = " ".join(words)
+        record_step(
+            name,
+            kind=SpanKind.CLIENT,
+            start_ns=start_ns,
+            end_ns=end_ns,
+            failed=None if error is None else type(error).__name__,
+            attributes={"db.system.name": "postgresql", **dict(zip(_ATTRIBUTES, words, strict=False))},
+        )

@@ -1,0 +1,411 @@
+"""Every trace that contains an error is kept, whole, and what that takes has bounds."""
+
+import asyncio
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+import pytest
+from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode, get_current_span
+
+from libs.observability import sampling
+from libs.observability.context import carrier
+from libs.observability.registry import Metrics
+from libs.observability.sampling import REMEMBERED_SPANS, SPANS_PER_TRACE, KeepBus, Tail
+from libs.observability.testing import OtlpReceiver, attributes
+from libs.observability.tracing import Tracing, is_recording, record_span, record_step, span, tracer_provider
+from tests.observability.conftest import Configure, traceparent
+from tests.processes import until
+
+NOT_CHOSEN = 2**64 - 1
+"""The id of a trace that belongs to no share smaller than all."""
+
+
+@pytest.fixture
+def tailed(configure: Configure, receiver: OtlpReceiver) -> Tracing:
+    """Tracing that exports nothing but errors."""
+    return configure(expected=(LookupError,), EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG="0")
+
+
+def tail_of(tracing: Tracing) -> Tail[object]:
+    assert tracing.tail is not None
+    return tracing.tail  # type: ignore[return-value]
+
+
+def names(receiver: OtlpReceiver) -> list[str]:
+    return sorted(each.name for each in receiver.spans())
+
+
+def a_request(number: int, *, fails: bool) -> str:
+    """Five spans, one of which may fail in the middle; answers the id of the trace."""
+    with span("request", root=True, number=number) as root:
+        with span("guard"):
+            pass
+        with span("work") as work, span("statement"):
+            if fails:
+                work.set_status(StatusCode.ERROR)
+        record_step("told", start_ns=1, end_ns=2, attributes={})
+    return f"{root.get_span_context().trace_id:032x}"
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_of_ten_thousand_traces_all_with_an_error_are_whole_and_a_tenth_of_the_others(
+    configure: Configure, receiver: OtlpReceiver, metrics: Metrics, protocol: str
+) -> None:
+    endpoint = receiver.grpc_endpoint if protocol == "grpc" else receiver.http_endpoint
+    tracing = configure(EXPORTER_OTLP_ENDPOINT=endpoint, EXPORTER_OTLP_PROTOCOL=protocol)
+    failing = set(random.Random(1).sample(range(10_000), 200))
+    ids: dict[str, bool] = {}
+    for number in range(10_000):
+        ids[a_request(number, fails=number in failing)] = number in failing
+        if number % 500 == 0:
+            tracing.flush()
+    open_traces, remembered = tail_of(tracing).sizes()
+    tracing.shutdown()
+
+    exported = Counter(each.trace_id.hex() for each in receiver.spans())
+    assert set(exported.values()) == {5}
+    assert {trace_id for trace_id, fails in ids.items() if fails} <= exported.keys()
+    # Six standard deviations of a binomial distribution to each side.
+    others = sum(not ids[trace_id] for trace_id in exported)
+    assert 801 < others < 1159
+    assert open_traces == 0
+    assert remembered <= REMEMBERED_SPANS
+    kept = {reason: metrics.sample("obs_traces_kept_total", reason=reason) for reason in ("head", "error", "remote")}
+    assert sum(kept.values()) == len(exported)
+    assert kept["head"] == others + 200 - kept["error"]
+    assert metrics.sample("obs_spans_dropped_total", reason="queue_full") == 0
+
+
+def test_a_trace_without_an_error_is_not_exported_and_does_not_say_that_it_is(
+    tailed: Tracing, receiver: OtlpReceiver
+) -> None:
+    with span("work"):
+        assert carrier()["traceparent"].endswith("-00")
+    tailed.shutdown()
+    assert receiver.spans() == []
+
+
+def test_what_ends_before_and_after_the_error_is_exported_alike(tailed: Tracing, receiver: OtlpReceiver) -> None:
+    with span("request") as request:
+        with span("before"):
+            pass
+        with pytest.raises(ValueError), span("broken"):
+            raise ValueError
+        with span("after"):
+            pass
+        told = carrier()
+    with span("much later", parent=told):
+        pass
+    tailed.shutdown()
+    assert names(receiver) == ["after", "before", "broken", "much later", "request"]
+    assert {each.trace_id.hex() for each in receiver.spans()} == {f"{request.get_span_context().trace_id:032x}"}
+    parents = {each.name: each.parent_span_id.hex() for each in receiver.spans()}
+    assert set(parents.values()) == {"", f"{request.get_span_context().span_id:016x}"}
+
+
+@pytest.mark.parametrize(
+    ("error", "errs"),
+    [(ValueError("no"), True), (LookupError("refused"), False), (KeyError(), False), (asyncio.CancelledError(), False)],
+)
+def test_an_expected_exception_is_an_answer_and_no_error(
+    tailed: Tracing, receiver: OtlpReceiver, error: BaseException, errs: bool
+) -> None:
+    with pytest.raises(type(error)), span("work"):
+        raise error
+    tailed.shutdown()
+    assert names(receiver) == ["work"] * errs
+
+
+def test_what_another_process_found_is_kept_here_before_and_after(
+    tailed: Tracing, receiver: OtlpReceiver, metrics: Metrics
+) -> None:
+    tail = tail_of(tailed)
+    for trace_id, when in ((NOT_CHOSEN, "before"), (NOT_CHOSEN - 1, "meanwhile"), (NOT_CHOSEN - 2, "after")):
+        if when == "before":
+            tail.keep(trace_id)
+        with span(f"{when} 1", parent=traceparent(trace_id)):
+            if when == "meanwhile":
+                tail.keep(trace_id)
+            with span(f"{when} 2"):
+                pass
+        if when == "after":
+            tail.keep(trace_id)
+        tail.keep(trace_id)
+        record_span(f"{when} 3", parent=traceparent(trace_id), start_ns=1, end_ns=2)
+    with span("another", parent=traceparent(NOT_CHOSEN - 3)):
+        pass
+    tailed.shutdown()
+    assert names(receiver) == sorted(f"{when} {n}" for when in ("before", "meanwhile", "after") for n in (1, 2, 3))
+    assert metrics.sample("obs_traces_kept_total", reason="remote") == 3
+    assert tail.sizes() == (0, 1)
+
+
+def test_a_verdict_about_a_trace_that_never_comes_here_counts_as_none(tailed: Tracing, metrics: Metrics) -> None:
+    tail_of(tailed).keep(NOT_CHOSEN)
+    assert metrics.sample("obs_traces_kept_total", reason="remote") == 0
+
+
+def test_a_trace_is_remembered_for_a_minute(
+    tailed: Tracing, receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch, metrics: Metrics
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    tail = tail_of(tailed)
+    for trace_id, passed in ((1, 0.0), (2, 30.0), (3, 61.0)):
+        now = 1000.0 + passed
+        with span(f"trace {trace_id}", parent=traceparent(trace_id)):
+            pass
+    assert tail.sizes() == (0, 2)
+    for trace_id in (1, 2, 3):
+        tail.keep(trace_id)
+    tailed.shutdown()
+    assert names(receiver) == ["trace 2", "trace 3"]
+    assert metrics.sample("obs_spans_dropped_total", reason="evicted") == 0
+
+
+def test_the_oldest_traces_make_room_and_are_counted(
+    tailed: Tracing, receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch, metrics: Metrics
+) -> None:
+    monkeypatch.setattr(sampling, "REMEMBERED_SPANS", 30)
+    tail = tail_of(tailed)
+    for trace_id in range(1, 21):
+        with span("outer", parent=traceparent(trace_id)), span("inner"):
+            pass
+    # A trace of two spans takes the room of three.
+    assert tail.sizes() == (0, 20)
+    assert metrics.sample("obs_spans_dropped_total", reason="evicted") == 20
+    for trace_id in range(20, 0, -1):
+        tail.keep(trace_id)
+    tailed.shutdown()
+    assert {int.from_bytes(each.trace_id) for each in receiver.spans()} == set(range(11, 21))
+    for trace_id in range(100, 1000):
+        tail.keep(trace_id)
+    assert tail.sizes() == (0, 0)
+    assert tail._remembered <= 30
+
+
+def test_a_long_trace_loses_its_newest_spans_but_not_the_one_that_fails(
+    tailed: Tracing, receiver: OtlpReceiver, metrics: Metrics
+) -> None:
+    with span("outer") as outer:
+        for _ in range(SPANS_PER_TRACE + 7):
+            with span("inner"):
+                pass
+        outer.set_status(StatusCode.ERROR)
+    tailed.shutdown()
+    assert Counter(names(receiver)) == {"inner": SPANS_PER_TRACE, "outer": 1}
+    assert metrics.sample("obs_spans_dropped_total", reason="truncated") == 7
+
+
+def test_traces_that_never_end_make_room_for_others(
+    tailed: Tracing, receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch, metrics: Metrics
+) -> None:
+    monkeypatch.setattr(sampling, "OPEN_TRACES", 10)
+    tracer = tracer_provider().get_tracer("test")
+    forgotten = [tracer.start_span(f"forgotten {number}") for number in range(15)]
+    record_span("within", parent=traceparent(forgotten[14].get_span_context().trace_id), start_ns=1, end_ns=2)
+    assert tail_of(tailed).sizes() == (10, 0)
+    for each in forgotten:
+        each.set_status(StatusCode.ERROR)
+        each.end()
+    tailed.shutdown()
+    assert len(receiver.spans()) == 16
+    assert tail_of(tailed).sizes() == (0, 0)
+    assert metrics.sample("obs_spans_dropped_total", reason="evicted") == 0
+
+
+def test_threads_may_have_their_parts_in_one_trace(tailed: Tracing, receiver: OtlpReceiver) -> None:
+    with span("outer") as outer:
+        part = carrier()
+
+        def work() -> None:
+            for _ in range(50):
+                with span("inner", parent=part), span("innermost"):
+                    pass
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        outer.set_status(StatusCode.ERROR)
+    tailed.shutdown()
+    assert Counter(names(receiver)) == {"outer": 1, "inner": 200, "innermost": 200}
+    assert tail_of(tailed).sizes() == (0, 0)
+
+
+def test_a_call_outside_of_any_trace_is_not_recorded_and_neither_is_what_is_within(
+    kept: Tracing, receiver: OtlpReceiver
+) -> None:
+    record_step("SELECT", kind=SpanKind.CLIENT, start_ns=1, end_ns=2, attributes={})
+    with span("POST", kind=SpanKind.CLIENT) as call, span("within"):
+        assert not call.is_recording()
+    with span("work"):
+        record_step("SELECT", kind=SpanKind.CLIENT, start_ns=1, end_ns=2, failed="no", attributes={"table": "users"})
+    kept.shutdown()
+    assert names(receiver) == ["SELECT", "work"]
+    (statement,) = receiver.spans("SELECT")
+    assert (statement.status.code, statement.status.message, attributes(statement)) == (2, "no", {"table": "users"})
+
+
+def test_a_span_keeps_to_what_opentelemetry_promises(tailed: Tracing, receiver: OtlpReceiver) -> None:
+    tracer = tracer_provider().get_tracer("library", "1.2", attributes={"a": "b"})
+    with suppress(LookupError), tracer.start_as_current_span("work", attributes={"one": 1}) as work:
+        assert get_current_span() is work
+        work.set_attribute("two", 2)
+        work.set_attributes({"three": 3})
+        work.add_event("seen", {"what": "it"}, 17)
+        work.add_link(INVALID_SPAN.get_span_context())
+        work.update_name("renamed")
+        raise LookupError
+    fine = tracer.start_span("fine")
+    fine.set_status(StatusCode.ERROR, "no")
+    fine.set_status(StatusCode.UNSET)
+    fine.set_status(StatusCode.OK)
+    fine.set_status(StatusCode.ERROR)
+    fine.end()
+    for ended in (work, fine):
+        ended.set_attribute("late", True)
+        ended.set_attributes({"late": True})
+        ended.add_event("late")
+        ended.add_link(work.get_span_context())
+        ended.update_name("late")
+        ended.set_status(StatusCode.ERROR, "late")
+        ended.end(1)
+        assert not ended.is_recording()
+    tailed.shutdown()
+    (renamed,) = receiver.spans()
+    assert attributes(renamed) == {"one": 1, "two": 2, "three": 3}
+    assert (renamed.name, renamed.status.code, renamed.status.message) == ("renamed", 2, "LookupError: ")
+    assert [event.name for event in renamed.events] == ["seen", "exception"]
+    assert renamed.events[0].time_unix_nano == 17
+    assert renamed.end_time_unix_nano >= renamed.start_time_unix_nano
+
+
+def test_without_a_collector_nothing_is_remembered(configure: Configure) -> None:
+    tracing = configure()
+    assert tracing.tail is None
+    assert not is_recording()
+    with pytest.raises(ValueError), span("work"):
+        raise ValueError
+    assert record_span("over", parent=None, start_ns=1, end_ns=2) == {}
+
+
+class Air:
+    """A bus within this process. It can be cut, and get stuck."""
+
+    def __init__(self) -> None:
+        self.hearing: list[Callable[[bytes], None]] = []
+        self.said: list[bytes] = []
+        self.fault: Exception | None = None
+        self.stuck = asyncio.Event()
+        self.stuck.set()
+
+    async def publish(self, message: bytes) -> None:
+        await self.stuck.wait()
+        if self.fault:
+            raise self.fault
+        self.said.append(message)
+        for hear in self.hearing:
+            hear(message)
+
+    async def listen(self, hear: Callable[[bytes], None]) -> None:
+        self.hearing.append(hear)
+        await asyncio.Event().wait()
+
+
+class Process:
+    """The tail of a process, which notes what it exports."""
+
+    def __init__(self) -> None:
+        self.exported: list[str] = []
+        self.tail = Tail[str](self.exported.append, Metrics((), version="0", service="test"))
+
+    def trace(self, trace_id: int, name: str, *, fails: bool = False) -> None:
+        part = self.tail.begin(trace_id, chosen=False)
+        self.tail.ended(part, name, failed=fails)
+
+
+@pytest.fixture
+def air() -> Air:
+    return Air()
+
+
+@pytest.fixture
+async def pair(air: Air) -> AsyncIterator[tuple[Process, Process]]:
+    here, there = Process(), Process()
+    async with KeepBus(here.tail, air).sharing(), KeepBus(there.tail, air).sharing():
+        await asyncio.sleep(0)
+        yield here, there
+
+
+async def test_an_error_is_told_to_other_processes(air: Air, pair: tuple[Process, Process]) -> None:
+    here, there = pair
+    there.trace(1, "there before")
+    there.trace(2, "there of another")
+    here.trace(1, "here", fails=True)
+    here.trace(1, "here again", fails=True)
+
+    async def told() -> bool:
+        return bool(there.exported)
+
+    await until(told)
+    there.trace(1, "there after")
+    await asyncio.to_thread(here.trace, 3, "in a thread", fails=True)
+
+    async def all_told() -> bool:
+        return len(air.said) == 2
+
+    await until(all_told)
+    assert here.exported == ["here", "here again", "in a thread"]
+    assert there.exported == ["there before", "there after"]
+    # Whoever is told does not tell it on.
+    assert air.said == [(1).to_bytes(16), (3).to_bytes(16)]
+
+
+async def test_many_verdicts_go_together_and_those_of_the_end_are_not_lost(air: Air) -> None:
+    here, there = Process(), Process()
+    async with KeepBus(there.tail, air).sharing():
+        async with KeepBus(here.tail, air).sharing():
+            await asyncio.sleep(0)
+            for trace_id in range(1, 101):
+                there.trace(trace_id, str(trace_id))
+                here.trace(trace_id, "", fails=True)
+        assert there.exported == [str(trace_id) for trace_id in range(1, 101)]
+    assert len(air.said) == 1
+    here.trace(101, "", fails=True)
+
+
+@pytest.mark.parametrize("stuck", [True, False])
+async def test_a_bus_that_fails_loses_the_other_side_and_nothing_else(
+    air: Air, pair: tuple[Process, Process], monkeypatch: pytest.MonkeyPatch, stuck: bool
+) -> None:
+    monkeypatch.setattr(sampling, "PUBLISH_SECONDS", 0.01)
+    here, there = pair
+    if stuck:
+        air.stuck.clear()
+    else:
+        air.fault = ConnectionError("away")
+    there.trace(1, "lost")
+    here.trace(1, "kept", fails=True)
+    await asyncio.sleep(0.05)
+    air.stuck.set()
+    air.fault = None
+    there.trace(2, "found")
+    here.trace(2, "kept", fails=True)
+
+    async def told() -> bool:
+        return bool(there.exported)
+
+    await until(told)
+    assert (here.exported, there.exported) == (["kept", "kept"], ["found"])
+
+
+async def test_a_message_that_is_none_is_harmless(air: Air, pair: tuple[Process, Process]) -> None:
+    for message in (b"", b"nonsense", b"x" * 33):
+        await air.publish(message)
+    assert all(process.exported == [] for process in pair)
