@@ -21,6 +21,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     add_TraceServiceServicer_to_server,
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from opentelemetry.sdk.resources import SERVICE_NAME
 
 from libs.observability.logging import Logging, LogSettings, configure_logging
 from libs.observability.registry import Metrics
@@ -60,6 +61,7 @@ class OtlpReceiver:
 
     def __init__(self) -> None:
         self._spans: list[Span] = []
+        self._services: dict[bytes, str] = {}
         self._arrived = threading.Condition()
 
     def __enter__(self) -> Self:
@@ -102,6 +104,10 @@ class OtlpReceiver:
         with self._arrived:
             return [span for span in self._spans if name in (None, span.name)]
 
+    def service_of(self, span: Span) -> str:
+        """The name of the service that a received span is from."""
+        return self._services[span.span_id]
+
     def wait_for(self, name: str, count: int = 1, timeout: float = 10.0) -> list[Span]:
         """The spans of that name once there are `count`. Raises TimeoutError."""
         with self._arrived:
@@ -112,9 +118,11 @@ class OtlpReceiver:
 
     def _receive(self, request: ExportTraceServiceRequest) -> None:
         with self._arrived:
-            for resource in request.resource_spans:
-                for scope in resource.scope_spans:
+            for sent in request.resource_spans:
+                (service,) = [item.value.string_value for item in sent.resource.attributes if item.key == SERVICE_NAME]
+                for scope in sent.scope_spans:
                     self._spans.extend(scope.spans)
+                    self._services.update((span.span_id, service) for span in scope.spans)
             self._arrived.notify_all()
 
 
