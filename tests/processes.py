@@ -152,10 +152,10 @@ class ApiProcess:
 
 @asynccontextmanager
 async def running_api_process(
-    database_url: str, redis_url: str, log: Path, **settings: str
+    database_url: str, redis_url: str, log: Path, *, port: int | None = None, **settings: str
 ) -> AsyncIterator[ApiProcess]:
     """An API that serves; killed at the end if it still runs. `settings` are environment variables."""
-    port = free_port()
+    port = port or free_port()
     environment = {
         **os.environ,
         "SESSIONGATE_DATABASE_URL": database_url,

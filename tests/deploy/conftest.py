@@ -19,7 +19,7 @@ from tests.receiver import Receiver, receiving
 from tests.running import ALERTS_TOKEN
 from tests.servers import copy_of, url_of
 
-RATES = "count(count_over_time(up[1m]) > 2) == 4"
+RATES = "count(sum_over_time(up[1m]) > 2) == 4"
 """True when every target was scraped often enough for rates."""
 
 USED = 'sum(rate(http_request_duration_seconds_count{route="/api/v1/sessions/{context}/end"}[1m])) >= 0'
@@ -45,17 +45,29 @@ async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPa
         installed(program)
     folder = tmp_path_factory.mktemp("monitoring")
     async with AsyncExitStack() as stack:
+        # Prometheus takes seconds to look at its targets for the first time; they are started meanwhile.
+        api_port, worker_port = free_port(), free_port()
+        oncall = await stack.enter_async_context(receiving())
+        receivers = {"api": f"http://127.0.0.1:{api_port}/internal/alerts", "oncall": f"{oncall.url}/alerts"}
+        tokens = {"api": ALERTS_TOKEN, "oncall": "a token of whoever is on call"}
+        alertmanager = await stack.enter_async_context(running_alertmanager(folder / "alertmanager", receivers, tokens))
+        addresses = {
+            "api:8000": f"127.0.0.1:{api_port}",
+            "worker:9101": f"127.0.0.1:{worker_port}",
+            "alertmanager:9093": alertmanager,
+        }
+        prometheus = await stack.enter_async_context(running_prometheus(folder / "prometheus", addresses))
+
         name = await stack.enter_async_context(copy_of(servers, migrated, "monitored"))
         url = url_of(servers, name, LOGIN)
         collector = stack.enter_context(OtlpReceiver())
         tracing = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.http_endpoint, "OTEL_TRACES_SAMPLER_ARG": "1"}
-        told = {"SESSIONGATE_ALERTS_TOKEN": ALERTS_TOKEN}
+        serving = tracing | {"SESSIONGATE_ALERTS_TOKEN": ALERTS_TOKEN}
         api = await stack.enter_async_context(
-            running_api_process(url, servers.redis_url, folder / "api.jsonl", **tracing, **told)
+            running_api_process(url, servers.redis_url, folder / "api.jsonl", port=api_port, **serving)
         )
-        metrics_port = str(free_port())
         working = tracing | {
-            "SESSIONGATE_WORKER_METRICS_PORT": metrics_port,
+            "SESSIONGATE_WORKER_METRICS_PORT": str(worker_port),
             "SESSIONGATE_AUDIT_INTERVAL_SECONDS": "1",
         }
 
@@ -65,16 +77,6 @@ async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPa
             )
 
         worker = await start_worker()
-        oncall = await stack.enter_async_context(receiving())
-        receivers = {"api": f"{api.url}/internal/alerts", "oncall": f"{oncall.url}/alerts"}
-        tokens = {"api": ALERTS_TOKEN, "oncall": "a token of whoever is on call"}
-        alertmanager = await stack.enter_async_context(running_alertmanager(folder / "alertmanager", receivers, tokens))
-        addresses = {
-            "api:8000": f"127.0.0.1:{api.port}",
-            "worker:9101": f"127.0.0.1:{metrics_port}",
-            "alertmanager:9093": alertmanager,
-        }
-        prometheus = await stack.enter_async_context(running_prometheus(folder / "prometheus", addresses))
         await until(lambda: prometheus.query(RATES), seconds=60)
         database = Database(url, application="tests", pool_size=2)
         clinic = await Clinic.open(database)
