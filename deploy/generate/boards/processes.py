@@ -192,11 +192,20 @@ BOARD: Final = board(
                 unit=units.CountsPerMinute,
             ),
             timeseries(
+                "Traces kept",
+                "By chance (`head`), because of an error, or because another process found one (`remote`).",
+                Query(per_minute("obs_traces_kept_total", "reason"), "{{reason}}"),
+                unit=units.CountsPerMinute,
+            ),
+            timeseries(
                 "Spans lost",
-                "Because their queue was full: the trace backend is away, or slower than what happens.",
+                "`queue_full`: the trace backend is away, or slower than what happens. Otherwise traces with an error"
+                " are not whole.",
                 Query(per_minute("obs_spans_dropped_total", "reason"), "{{reason}}"),
                 unit=units.CountsPerMinute,
             ),
+        ],
+        [
             timeseries(
                 "Values masked in logs",
                 "A jump means that something new logs what it should not.",
