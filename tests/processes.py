@@ -152,17 +152,16 @@ class ApiProcess:
 
 @asynccontextmanager
 async def running_api_process(
-    database_url: str, redis_url: str, log: Path, *, port: int | None = None, **settings: str
+    database_url: str, redis_url: str, log: Path, **settings: str
 ) -> AsyncIterator[ApiProcess]:
     """An API that serves; killed at the end if it still runs. `settings` are environment variables."""
-    port = port or free_port()
+    port = int(settings.setdefault("SESSIONGATE_API_PORT", str(free_port())))
     environment = {
         **os.environ,
         "SESSIONGATE_DATABASE_URL": database_url,
         "SESSIONGATE_REDIS_URL": redis_url,
         "SESSIONGATE_JWT_SECRET": SECRET,
         "SESSIONGATE_METRICS_ALLOW": "127.0.0.0/8",
-        "SESSIONGATE_API_PORT": str(port),
         "SESSIONGATE_LOG_FILE": str(log),
         **settings,
     }

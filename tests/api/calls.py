@@ -186,6 +186,7 @@ async def calls_of(api: Api, clinic: Clinic) -> list[Call]:
         "list_decisions": (operator, {}, {}),
         "list_audit_log": (operator, {}, {}),
         "list_alerts": (operator, {}, {}),
+        "list_chat_alerts": (operator, {}, {}),
         "list_dead_deliveries": (operator, {}, {}),
         "replay_dead_delivery": (operator, {"delivery_id": await dead_delivery(clinic)}, {}),
         "register_webhook": (operator, {}, webhook("registered")),

@@ -80,6 +80,7 @@ get_rollout               403     403      200      403     403     403      403
 list_decisions            403     403      200      403     403     403      403     403      200     403
 list_audit_log            403     403      200      403     403     403      403     403      200     403
 list_alerts               403     403      200      403     403     403      403     403      200     403
+list_chat_alerts          403     403      200      403     403     403      403     403      200     403
 list_dead_deliveries      403     403      200      403     403     403      403     403      200     403
 replay_dead_delivery      403     403      204      403     403     403      403     403      404     403
 
@@ -171,7 +172,7 @@ async def every_call(api: Api, clinic: Clinic) -> list[Call]:
     calls = await calls_of(api, clinic)
     sessions = await clinic.fetch("SELECT id, appointment_id FROM sessions")
     appointments = {f"text_session:{session['id']}": str(session["appointment_id"]) for session in sessions}
-    chat = [call for call in calls if "/chat/" in call.template or "/socket-tickets" in call.template]
+    chat = [call for call in calls if "/chat/{" in call.template or "/socket-tickets" in call.template]
     return [by_appointment(call, appointments[named(call)["context"]]) for call in chat] + calls
 
 

@@ -68,6 +68,7 @@ LISTS = {
     "/admin/decisions": add_decision,
     "/admin/audit-log": add_deed,
     "/admin/alerts": add_alert,
+    "/admin/chat/alerts": add_alert,
 }
 
 

@@ -346,6 +346,7 @@ ROUTES = {
     "GET /api/v1/admin/decisions",
     "GET /api/v1/admin/audit-log",
     "GET /api/v1/admin/alerts",
+    "GET /api/v1/admin/chat/alerts",
     "GET /api/v1/admin/flags",
     "PUT /api/v1/admin/flags/{flag}",
     "GET /api/v1/admin/outbox/dead",

@@ -62,9 +62,9 @@ async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPa
         url = url_of(servers, name, LOGIN)
         collector = stack.enter_context(OtlpReceiver())
         tracing = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.http_endpoint, "OTEL_TRACES_SAMPLER_ARG": "1"}
-        serving = tracing | {"SESSIONGATE_ALERTS_TOKEN": ALERTS_TOKEN}
+        serving = tracing | {"SESSIONGATE_API_PORT": str(api_port), "SESSIONGATE_ALERTS_TOKEN": ALERTS_TOKEN}
         api = await stack.enter_async_context(
-            running_api_process(url, servers.redis_url, folder / "api.jsonl", port=api_port, **serving)
+            running_api_process(url, servers.redis_url, folder / "api.jsonl", **serving)
         )
         working = tracing | {
             "SESSIONGATE_WORKER_METRICS_PORT": str(worker_port),

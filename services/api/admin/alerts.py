@@ -1,17 +1,17 @@
 """What is wrong with the platform, or was. It concerns the operators of all tenants alike, and names no tenant."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
-from fastapi import Query
+from fastapi import Depends, Query
 
 from libs.domain import alerts
-from libs.domain.alerts import Severity, Status
+from libs.domain.alerts import Severity, Status, Wanted
 from libs.guardrails import Permission, Principal
 from services.api.guards import Tx, acting, guarded_router
 from services.api.schemas import DEFAULT_LIMIT, Cursor, Limit, Out, PageOut, page_out, refusals
 
-router = guarded_router("/admin/alerts", tag="operators")
+router = guarded_router("/admin", tag="operators")
 
 
 class AlertOut(Out):
@@ -35,16 +35,32 @@ class AlertOut(Out):
     deliveries: int
 
 
-@router.get("", responses=refusals())
-async def list_alerts(
-    caller: Annotated[Principal, acting(Permission.SEE_OPERATIONS)],
-    tx: Tx,
+Caller: TypeAlias = Annotated[Principal, acting(Permission.SEE_OPERATIONS)]
+
+
+def _wanted(
     status: Annotated[Status | None, Query()] = None,
     severity: Annotated[Severity | None, Query()] = None,
     component: Annotated[str | None, Query(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)] = None,
-    cursor: Cursor = None,
-    limit: Limit = DEFAULT_LIMIT,
+) -> Wanted:
+    return Wanted(status, severity, component)
+
+
+Filters: TypeAlias = Annotated[Wanted, Depends(_wanted)]
+
+
+@router.get("/alerts", responses=refusals())
+async def list_alerts(
+    caller: Caller, tx: Tx, wanted: Filters, cursor: Cursor = None, limit: Limit = DEFAULT_LIMIT
 ) -> PageOut[AlertOut]:
     """Alerts of the platform, which are the same for the operators of every tenant; resolved ones for 90 days."""
-    page = await alerts.listed(tx, alerts.Wanted(status, severity, component), cursor=cursor, limit=limit)
+    page = await alerts.listed(tx, wanted, cursor=cursor, limit=limit)
     return page_out(page, AlertOut.model_validate)
+
+
+@router.get("/chat/alerts", responses=refusals(), deprecated=True)
+async def list_chat_alerts(
+    caller: Caller, tx: Tx, wanted: Filters, cursor: Cursor = None, limit: Limit = DEFAULT_LIMIT
+) -> PageOut[AlertOut]:
+    """The same, at the address that older clients know."""
+    return await list_alerts(caller, tx, wanted, cursor, limit)
