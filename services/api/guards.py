@@ -194,7 +194,12 @@ class GuardedRoute(APIRoute):
             dependencies.append(Depends(_no_body))
         options["dependencies"] = dependencies
         super().__init__(path, _opening(endpoint), **options)
-        nets = list(_nets(self.dependant))
+        nets = [net for dependency in asked.dependencies if (net := getattr(dependency.call, "net", None))]
+        if len(nets) < len(list(_nets(self.dependant))):
+            raise UnguardedRouteError(
+                f"{endpoint.__qualname__} ({path}) has a guard that nothing opens: only one among"
+                " the parameters of the endpoint itself is."
+            )
         if not nets or (self.sessions_only and not any(net.session for net in nets)):
             wanted = "Can[...] or Claimed[...]" if self.sessions_only else "Can[...], Claimed[...] or acting(...)"
             raise UnguardedRouteError(f"{endpoint.__qualname__} ({path}) takes no {wanted}.")

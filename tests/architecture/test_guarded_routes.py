@@ -51,10 +51,10 @@ async def joins(websocket: WebSocket, claim: Claim[Join], token: Token) -> None:
 async def acts_and_reads(caller: Somebody, context: Can[GetMessages]) -> None: ...
 
 
-async def acts_by_the_dependency(caller: Somebody) -> None: ...
+async def asked_by_a_dependency(_: Annotated[None, Depends(acts)]) -> None: ...
 
 
-async def acts_through_a_dependency(_: Annotated[None, Depends(acts_by_the_dependency)]) -> None: ...
+async def asked_by_a_dependency_as_well(caller: Somebody, _: Annotated[None, Depends(reads)]) -> None: ...
 
 
 @pytest.mark.parametrize("method", ["get", "post", "put", "patch", "delete"])
@@ -94,7 +94,17 @@ def test_a_session_guard_opens_a_room_of_sessions(endpoint: object) -> None:
     assert len(router.routes) == 1
 
 
-@pytest.mark.parametrize("endpoint", [acts, acts_through_a_dependency, reads, sends])
+@pytest.mark.parametrize("endpoint", [asked_by_a_dependency, asked_by_a_dependency_as_well])
+def test_a_guard_that_would_not_be_opened_is_none(endpoint: object) -> None:
+    router = guarded_router("/room/{context}", tag="room")
+    with pytest.raises(UnguardedRouteError, match="a guard that nothing opens"):
+        router.get("/things")(endpoint)  # type: ignore[type-var]
+    with pytest.raises(UnguardedRouteError, match="a guard that nothing opens"):
+        router.get("/things", dependencies=[acting(Permission.SEE_ONESELF)])(acts)
+    assert router.routes == []
+
+
+@pytest.mark.parametrize("endpoint", [acts, reads, sends])
 def test_any_guard_opens_any_other_room(endpoint: object) -> None:
     router = guarded_router("/room/{context}", tag="room")
     router.get("/things")(endpoint)  # type: ignore[type-var]
