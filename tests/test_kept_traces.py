@@ -36,7 +36,7 @@ WHOLE: Final = {
     ("sessiongate-api", CONFIRM),
     ("sessiongate-api", "UPDATE appointments"),
     ("sessiongate-api", "outbox.write"),
-    ("sessiongate-api", "INSERT outbox_events"),
+    ("sessiongate-api", "INSERT outbox_deliveries"),
     ("sessiongate-api", "COMMIT"),
     ("sessiongate-api", "arq.enqueue dispatch_outbox"),
     ("sessiongate-worker", "arq.job dispatch_outbox"),
