@@ -1,7 +1,6 @@
 """Which requests and frames leave spans behind, and whose trace they belong to."""
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,15 @@ def continuing(trace_id: str) -> dict[str, str]:
     return {"traceparent": f"00-{trace_id}-{'1' * 16}-01", "X-Correlation-ID": ID}
 
 
-@pytest.fixture
-def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[OtlpReceiver]:
-    """Gets half of all traces, besides those with errors."""
-    with OtlpReceiver() as running:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", running.http_endpoint)
-        monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
-        yield running
+@pytest.fixture(autouse=True)
+def _half_are_kept(collector: OtlpReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all traces, besides those with errors."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.http_endpoint)
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
 
 
 @pytest.fixture
-async def traced(collector: OtlpReceiver, make_api: MakeApi, tmp_path: Path) -> Api:
+async def traced(make_api: MakeApi, tmp_path: Path) -> Api:
     return await make_api(log_file=tmp_path / "api.jsonl")
 
 

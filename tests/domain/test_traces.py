@@ -31,12 +31,6 @@ ID = "550e8400-e29b-41d4-a716-446655440000"
 
 
 @pytest.fixture
-def collector() -> Iterator[OtlpReceiver]:
-    with OtlpReceiver() as running:
-        yield running
-
-
-@pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch, collector: OtlpReceiver) -> Iterator[Tracing]:
     """Tracing that exports everything to `collector`."""
     monkeypatch.setattr(tracing, "_tracing", None)

@@ -1,6 +1,5 @@
 """A wake-up call is part of what made it, unless it comes late."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,19 +17,13 @@ ID = "550e8400-e29b-41d4-a716-446655440000"
 CARRIER = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-00", "correlation_id": ID}
 
 
-@pytest.fixture
-def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[OtlpReceiver]:
-    with OtlpReceiver() as running:
-        monkeypatch.setattr(tracing, "_tracing", None)
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", running.http_endpoint)
-        monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "1")
-        yield running
-
-
 @pytest.mark.parametrize("attempt", [1, 2, 3])
 async def test_the_first_try_of_a_job_is_part_of_its_cause_and_others_are_linked_to_it(
-    collector: OtlpReceiver, attempt: int
+    collector: OtlpReceiver, monkeypatch: pytest.MonkeyPatch, attempt: int
 ) -> None:
+    monkeypatch.setattr(tracing, "_tracing", None)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.http_endpoint)
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "1")
     metrics = Metrics(CATALOGUE, version="0", service="test")
     configured = configure_tracing("test", "0", metrics)
     woken: list[Any] = []
