@@ -1,7 +1,7 @@
 """Real servers for all tests: PostgreSQL and Redis per run, a database of its own per test."""
 
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 
 from libs.domain.db import Database
+from libs.observability.testing import OtlpReceiver
 from services.cli.embedded import DATABASE, LOGIN, OWNER, Servers
 from tests.clinic import Clinic
 from tests.clock import CLOCK_OF_TESTS, Clock
@@ -83,6 +84,13 @@ def clock(owner: "asyncpg.Connection[Any]") -> Clock:
 @pytest.fixture
 async def clinic(database: Database) -> Clinic:
     return await Clinic.open(database)
+
+
+@pytest.fixture
+def collector() -> Iterator[OtlpReceiver]:
+    """A collector of traces; whoever is to export to it is told by the test."""
+    with OtlpReceiver() as running:
+        yield running
 
 
 MakeApi = Callable[..., Coroutine[Any, Any, Api]]

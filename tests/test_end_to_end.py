@@ -164,6 +164,7 @@ def the_traces_hang_together(story: Story) -> None:
     for name, parent in (
         ("scheduling.book", "POST /api/v1/appointments"),
         ("chat.send", "POST /api/v1/chat/{context}/messages"),
+        ("redis.publish", "chat.send"),
     ):
         requests = {each.span_id for each in story.spans if each.name == parent}
         assert {each.parent_span_id for each in story.spans if each.name == name} <= requests

@@ -1,7 +1,7 @@
 """Traces with an error are kept whole although they run through two processes, which sample one in ten."""
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,7 +36,7 @@ WHOLE: Final = {
     ("sessiongate-api", CONFIRM),
     ("sessiongate-api", "UPDATE appointments"),
     ("sessiongate-api", "outbox.write"),
-    ("sessiongate-api", "INSERT outbox_events"),
+    ("sessiongate-api", "INSERT outbox_deliveries"),
     ("sessiongate-api", "COMMIT"),
     ("sessiongate-api", "arq.enqueue dispatch_outbox"),
     ("sessiongate-worker", "arq.job dispatch_outbox"),
@@ -64,12 +64,6 @@ class Processes:
     def parts(self, trace_id: str) -> set[tuple[str, str]]:
         """What there is of a trace so far: services and names of spans."""
         return {(self.collector.service_of(span), span.name) for span in self.traces().get(trace_id, ())}
-
-
-@pytest.fixture
-def collector() -> Iterator[OtlpReceiver]:
-    with OtlpReceiver() as running:
-        yield running
 
 
 @pytest.fixture

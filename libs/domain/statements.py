@@ -19,7 +19,7 @@ from libs.observability.tracing import record_step
 _CHANGE: Final = re.compile(
     r"\b(?:(INSERT) INTO|(?<!FOR )(?<!KEY )(?<!DO )(UPDATE)|(DELETE) FROM)\s+(\w+)", re.IGNORECASE
 )
-_READ: Final = re.compile(r"\b(SELECT)\b.*?\bFROM\s+(\w+)", re.IGNORECASE | re.DOTALL)
+_READ: Final = re.compile(r"\A\W*(?:WITH\b.*?\b)?(SELECT)\b.*?\bFROM\s+(\w+)\b(?!\()", re.IGNORECASE | re.DOTALL)
 _ATTRIBUTES: Final = ("db.operation.name", "db.collection.name")
 _WORD: Final = re.compile(r"\w+")
 
@@ -38,10 +38,12 @@ def trace_engine(engine: Engine) -> None:
 
 @lru_cache(maxsize=1024)
 def summary(statement: str) -> tuple[str, ...]:
-    """What a statement does first, and to which table if that is plain: `("INSERT", "messages")`. Empty for what is
-    none, such as a ping."""
-    if found := _CHANGE.search(statement) or _READ.search(statement):
-        return tuple(part.upper() if number == 0 else part for number, part in enumerate(filter(None, found.groups())))
+    """What a statement is about: its last change and the changed table, `("INSERT", "messages")`, else what it reads,
+    or its first word. Empty for what is none, such as a ping."""
+    changes = [tuple(filter(None, found)) for found in _CHANGE.findall(statement)]
+    if changes or (changes := _READ.findall(statement)):
+        operation, table = changes[-1]
+        return operation.upper(), table
     word = _WORD.search(statement)
     return (word[0].upper(),) if word else ()
 
@@ -62,7 +64,8 @@ def _finished(_: Any, __: Any, statement: str, ___: Any, context: Any, *____: An
 def _failed(failure: Any) -> None:
     began_ns = getattr(failure.execution_context, "began_ns", None)
     if began_ns is not None:
-        _record(failure.statement, began_ns, time.time_ns(), failure.original_exception)
+        error = failure.original_exception
+        _record(failure.statement, began_ns, time.time_ns(), error.__cause__ or error)
 
 
 def _record(statement: str, start_ns: int, end_ns: int, error: BaseException | None) -> None:

@@ -30,7 +30,6 @@ UNMATCHED: Final = "unmatched"
 
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 
-
 # Whose trace and whose line of work a request belongs to.
 _ORIGIN: Final = frozenset({b"traceparent", b"tracestate", b"baggage", HEADER})
 
@@ -59,7 +58,7 @@ class RequestTracing:
             name.decode(): value.decode("latin-1") for name, value in reversed(scope["headers"]) if name in _ORIGIN
         }
         recorded = scope["type"] == "http" and path not in self._untraced
-        with served(headers, recorded=recorded, **{"url.path": path}):
+        with served(scope.get("method", "GET"), headers, recorded=recorded, **{"url.path": path}):
             await self._app(scope, receive, send)
 
 

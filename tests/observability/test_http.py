@@ -402,7 +402,7 @@ def test_a_request_is_instrumented_only_if_its_trace_is_kept(metrics: Metrics, m
         configured = configure_tracing("test", "0", metrics)
         kept = 0
         for _ in range(300):
-            with served({}, recorded=True):
+            with served("GET", {}, recorded=True):
                 instrumented = is_http_instrumentation_enabled()
                 with span("served"), span("inner"):
                     assert is_sampled(carrier()) is instrumented
@@ -411,7 +411,7 @@ def test_a_request_is_instrumented_only_if_its_trace_is_kept(metrics: Metrics, m
         assert 42 < kept < 138
         for flags in ("00", "01"):
             for lower_half, instrumented in (("1" * 16, True), ("f" * 16, False)):
-                with served({"traceparent": f"00-{'f' * 16}{lower_half}-{'1' * 16}-{flags}"}, recorded=True):
+                with served("GET", {"traceparent": f"00-{'f' * 16}{lower_half}-{'1' * 16}-{flags}"}, recorded=True):
                     assert is_http_instrumentation_enabled() is instrumented
         configured.shutdown()
 
