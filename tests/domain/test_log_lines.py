@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import orjson
 import pytest
 
@@ -239,6 +240,20 @@ async def test_of_each_kind_the_newest_are_kept_a_bounded_number_forgotten_at_on
     lines = await stored(clinic)
     assert [line["number"] for line in lines if line["event"] == "routine"] == list(range(20, 30))
     assert [line["event"] for line in lines].count("urgent") == 1
+
+
+async def test_workers_that_forget_at_the_same_time_are_not_in_each_others_way(
+    desk: Desk, clinic: Clinic, owner: "asyncpg.Connection[Any]"
+) -> None:
+    async with desk.sink.storing(desk.logging):
+        for _ in range(20):
+            log.info("routine")
+    async with owner.transaction():
+        await owner.execute("SELECT pg_advisory_xact_lock(hashtextextended('log_lines', 0))")
+        await prune(clinic.database, hours=1, lines=10)
+        assert len(await stored(clinic)) == 20
+    await prune(clinic.database, hours=1, lines=10)
+    assert len(await stored(clinic)) == 10
 
 
 async def test_without_hours_nothing_is_stored_and_what_there_was_is_forgotten(

@@ -17,9 +17,10 @@ PRUNED_AT_ONCE: Final = 20_000
 Moment = datetime | timedelta
 """A moment, or how long ago it was."""
 
-# Lines of one kind do not displace those of the other, however many there are.
+# Lines of one kind do not displace those of the other, however many there are. One process at a time is enough.
 _PRUNE: Final = """
-    DELETE FROM log_lines WHERE id IN (
+    WITH turn AS MATERIALIZED (SELECT pg_try_advisory_xact_lock(hashtextextended('log_lines', 0)) AS ours)
+    DELETE FROM log_lines WHERE (SELECT ours FROM turn) AND id IN (
         (SELECT id FROM log_lines WHERE at < clock() - $1::interval ORDER BY at LIMIT $3)
         UNION ALL
         SELECT surplus.id FROM (VALUES (true), (false)) AS kind (urgent), LATERAL (
