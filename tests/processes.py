@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx2
-import orjson
 from prometheus_client.parser import text_string_to_metric_families
 
 from libs.guardrails import Principal
+from tests import log_lines
 from tests.running import SECRET, token_of
 
 PATIENCE_SECONDS: Final = 20.0
@@ -38,11 +38,8 @@ class Worker:
     log: Path
 
     def lines(self, event: str | None = None) -> list[dict[str, Any]]:
-        """What it has logged so far. A line that a kill cut off does not count."""
-        if not self.log.exists():
-            return []
-        whole = self.log.read_bytes().rpartition(b"\n")[0].splitlines()
-        return [line for line in map(orjson.loads, whole) if event in (None, line["event"])]
+        """What it has logged so far."""
+        return [line for line in log_lines.lines_of(self.log) if event in (None, line["event"])]
 
     async def is_started(self) -> bool:
         assert self.process.returncode is None, f"The worker ended with {self.process.returncode}."
@@ -98,13 +95,14 @@ async def start_worker(
 
 @asynccontextmanager
 async def running_worker(database_url: str, redis_url: str, log: Path, **settings: str) -> AsyncIterator[Worker]:
-    """A worker that has started; killed at the end if it still runs."""
+    """A worker that has started; killed at the end if it still runs. Then what it logged is checked."""
     worker = await start_worker(database_url, redis_url, log, settings)
     try:
         await until(worker.is_started)
         yield worker
     finally:
         await worker.kill()
+    log_lines.check(log)
 
 
 @dataclass
@@ -142,7 +140,7 @@ class ApiProcess:
         return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
     def lines(self, event: str) -> list[dict[str, Any]]:
-        return [line for line in map(orjson.loads, self.log.read_bytes().splitlines()) if line["event"] == event]
+        return [line for line in log_lines.lines_of(self.log) if line["event"] == event]
 
     async def stop(self, signum: signal.Signals = signal.SIGTERM) -> int:
         """Answers the exit status."""
@@ -174,6 +172,7 @@ async def running_api_process(
         if process.returncode is None:
             process.kill()
             await process.wait()
+    log_lines.check(log)
 
 
 def free_port() -> int:

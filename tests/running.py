@@ -1,9 +1,11 @@
 """API servers for tests: the real application behind the real server, on a port of its own."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import httpx2
@@ -16,6 +18,7 @@ from libs.domain.settings import FlagSettings
 from libs.guardrails import Principal
 from services.api.main import open_app, server_config
 from services.api.settings import ApiSettings
+from tests import log_lines
 
 SECRET: Final = "a secret of tests that is long enough to be one"
 ALERTS_TOKEN: Final = "a token of tests with which alerts are sent"
@@ -58,7 +61,17 @@ def token_of(principal: Principal) -> str:
 
 @asynccontextmanager
 async def running_api(database_url: str, redis_url: str, **settings: Any) -> AsyncIterator[Api]:
-    """`settings` are fields of `ApiSettings` in lower case and flags in upper case."""
+    """`settings` are fields of `ApiSettings` in lower case and flags in upper case. What it logs goes to a file, and is
+    checked at the end: see `tests.log_lines`."""
+    with TemporaryDirectory() as folder:
+        log = settings.setdefault("log_file", Path(folder) / "api.jsonl")
+        async with _running_api(database_url, redis_url, settings) as api:
+            yield api
+        log_lines.check(log)
+
+
+@asynccontextmanager
+async def _running_api(database_url: str, redis_url: str, settings: Mapping[str, Any]) -> AsyncIterator[Api]:
     flags = FlagSettings(**{name: value for name, value in settings.items() if name.isupper()})
     defaults: dict[str, Any] = {
         "database_url": database_url,

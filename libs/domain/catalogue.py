@@ -73,6 +73,11 @@ _HTTP: Final = emitted_by(
         "Authentication failures",
         Label("reason", ("bad_credentials", "expired", "invalid_token", "forbidden", "rate_limited")),
     ),
+    counter(
+        "security_events_total",
+        "Refusals that may be attempts at more than is allowed",
+        Label("kind", ("suspicious_ip", "privilege", "signature", "rate_limit", "other")),
+    ),
 )
 
 _GUARD: Final = emitted_by(
@@ -241,6 +246,11 @@ _INFRASTRUCTURE: Final = (
     gauge("db_connections_in_use", "Pool connections checked out", Label("pool", ("api", "worker"))),
     gauge("db_connections_max", "Pool connections at most", Label("pool", ("api", "worker"))),
     counter("doorbell_failures_total", "Wake-up calls that Redis did not take"),
+    counter(
+        "log_lines_not_stored_total",
+        "Log lines that cannot be searched: more than are stored in a second, or the database took none",
+        Label("level", ("routine", "urgent")),
+    ),
 )
 
 ROOMS: Final = {

@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Final
+from typing import Final, NamedTuple
 
 from libs.domain.billing.legacy import LegacyBilling
 from libs.domain.catalogue import CATALOGUE
@@ -17,6 +17,7 @@ from libs.domain.conversion.monitor import Thresholds
 from libs.domain.db import Database
 from libs.domain.decisions.recorder import Recorder
 from libs.domain.flags.live import LiveFlags
+from libs.domain.log_events import LOG_EVENTS
 from libs.domain.sealing import FieldKeys
 from libs.domain.sessions.activity import Activity
 from libs.domain.sessions.calls import Calls
@@ -26,7 +27,7 @@ from libs.domain.settings import FlagSettings, Settings
 from libs.domain.telemetry import GuardTelemetry
 from libs.domain.transaction import Bell, Transaction, transaction
 from libs.guardrails import Flag, Flags, Guard, Refused
-from libs.observability.logging import LogSettings, configure_logging
+from libs.observability.logging import Logging, LogSettings, configure_logging
 from libs.observability.registry import Metrics
 from libs.observability.sampling import KeepBus
 from libs.observability.tracing import configure_tracing
@@ -110,8 +111,15 @@ def compose(settings: Settings, flags: Flags, *, metrics: Metrics, database: Dat
     )
 
 
+class Telemetry(NamedTuple):
+    """How a process tells of itself."""
+
+    metrics: Metrics
+    logging: Logging
+
+
 @asynccontextmanager
-async def telemetry(settings: Settings, service: str) -> AsyncIterator[Metrics]:
+async def telemetry(settings: Settings, service: str) -> AsyncIterator[Telemetry]:
     """Logs, traces and metrics of a process, for as long as the block lasts."""
     sys.setswitchinterval(SWITCH_SECONDS)
     metrics = Metrics(CATALOGUE, version=VERSION, service=service)
@@ -124,6 +132,7 @@ async def telemetry(settings: Settings, service: str) -> AsyncIterator[Metrics]:
                 path=settings.log_file,
                 message_bodies=settings.log_message_bodies,
                 unmasked_debug=settings.log_unmasked_debug and settings.environment != "production",
+                events=LOG_EVENTS,
             ),
             metrics,
         )
@@ -133,7 +142,7 @@ async def telemetry(settings: Settings, service: str) -> AsyncIterator[Metrics]:
         if tracing.tail:
             bus = KeepBus(tracing.tail, Channel(settings.redis_url, KEPT_TRACES))
             await stack.enter_async_context(bus.sharing())
-        yield metrics
+        yield Telemetry(metrics, logging)
 
 
 def thresholds_of(settings: Settings) -> Thresholds:

@@ -776,3 +776,27 @@ alerts = Table(
     Index("alerts_firing_idx", "id", postgresql_where=text("resolved_at IS NULL")),
     Index(None, "resolved_at"),
 )
+
+log_lines = Table(
+    "log_lines",
+    metadata,
+    _id(),
+    # By the clock of the process that wrote the line.
+    _time("at", required=True),
+    Column("level", Text, nullable=False),
+    # WARNING and above, which the others do not displace.
+    Column("urgent", Boolean, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("category", Text),
+    Column("component", Text),
+    Column("service", Text, nullable=False),
+    Column("correlation_id", Text),
+    Column("user_id", BigInteger),
+    Column("session_id", BigInteger),
+    Column("tenant_id", BigInteger),
+    # JSON, letter by letter as in the log: what is masked there, and what no JSON type of PostgreSQL takes.
+    Column("line", Text, nullable=False),
+    Index(None, "at"),
+    Index(None, "urgent", "id"),
+    Index(None, "correlation_id"),
+)

@@ -91,8 +91,10 @@ class GuardTelemetry:
             "session_id": facts.session.id if facts.session else None,
             "user_id": claim.caller.user_id,
             "enforced": flags[verdict.flag] if verdict.flag else None,
-            "endpoint" if operation.family is Family.BILLING else "operation": operation.name,
+            "operation": operation.name,
         }
+        if operation.family is Family.BILLING:
+            told["endpoint"] = operation.name
         if verdict.refusal is None:
             _log.warning("guard_allowed_with_warning", message=_ALLOWED[operation.family], **told)
         elif message := _BLOCKED.get(verdict.refusal):

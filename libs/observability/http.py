@@ -127,7 +127,7 @@ class HttpTelemetry:
         latency_ms = round(took * 1000, 2)
         _log.info("http_request", method=label, route=route, status=status, latency_ms=latency_ms)
         if took > SLOW_SECONDS:
-            _log.warning("slow_operation", category="performance", route=route, latency_ms=latency_ms)
+            _log.warning("slow_operation", route=route, latency_ms=latency_ms)
 
 
 def _describe(route: str, method: str, status: int) -> None:

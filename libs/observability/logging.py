@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO, Final, Protocol, cast
@@ -27,6 +27,7 @@ from opentelemetry import trace
 from structlog.typing import EventDict, WrappedLogger
 
 from libs.observability.context import fields
+from libs.observability.events import OWN, SEVERITY, LogEvent
 from libs.observability.redaction import OURS, Masked, Redactor
 from libs.observability.registry import Metrics
 
@@ -41,14 +42,18 @@ more than the writing."""
 FILE_BYTES: Final = 50_000_000
 FILES: Final = 5
 
-_QUIET: Final = ("arq", "httpx", "httpx2", "sqlalchemy.engine", "uvicorn", "asyncio", "opentelemetry")
-_LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+# They repeat what they are given, or talk of every byte.
+_QUIET: Final = (
+    *("arq", "httpx", "httpx2", "httpcore", "httpcore2", "websockets", "sqlalchemy.engine", "uvicorn"),
+    *("asyncio", "opentelemetry"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
     """`path` None means stdout. `message_bodies` shows the first 50 characters of bodies, scrubbed.
-    `unmasked_debug` leaves DEBUG lines unmasked, on stdout only: never in production."""
+    `unmasked_debug` leaves DEBUG lines unmasked, on stdout only: never in production. Of `events` lines get their
+    category."""
 
     service: str
     version: str
@@ -56,6 +61,15 @@ class LogSettings:
     path: Path | None = None
     message_bodies: bool = False
     unmasked_debug: bool = False
+    events: Mapping[str, LogEvent] = field(default_factory=lambda: {each.name: each for each in OWN})
+
+
+class Sink(Protocol):
+    """Takes lines as they are written, such as for a place where they can be searched. It is called by the thread
+    that writes the log, so it must neither wait nor raise."""
+
+    def __call__(self, fields: Mapping[str, Any], line: bytes) -> None:
+        """`fields` are masked, and `line` is what they are in JSON."""
 
 
 class BoundLogger(Protocol):
@@ -85,9 +99,12 @@ class Logging:
         level_name = settings.level.upper()
         self._writer = _Writer(settings, metrics)
         constants = {"service": settings.service, "version": settings.version}
+        categories = {name: event.category for name, event in settings.events.items() if event.category}
 
         def complete(_: WrappedLogger, level: str, event: EventDict) -> EventDict:
             event["level"] = level
+            if category := categories.get(event["event"]):
+                event["category"] = category
             for known in (constants, fields()):
                 for key, value in known.items():
                     event.setdefault(key, value)
@@ -107,6 +124,10 @@ class Logging:
         logging.basicConfig(handlers=[_StandardHandler()], level=level_name, force=True)
         for name in _QUIET:
             logging.getLogger(name).setLevel(logging.WARNING)
+
+    def tee(self, sink: Sink | None) -> None:
+        """Hands `sink` all lines that are written from now on, but for those that are not masked; None ends that."""
+        self._writer.sink = sink
 
     def flush(self) -> None:
         """Returns once everything logged so far is written."""
@@ -159,6 +180,11 @@ def _message(record: logging.LogRecord) -> str:
         return str(record.msg)
 
 
+def is_urgent(level: str) -> bool:
+    """Whether lines of that level are kept when others have to give way."""
+    return SEVERITY.get(level, 0) >= SEVERITY["warning"]
+
+
 _Line = EventDict | threading.Event | None
 
 
@@ -175,12 +201,13 @@ class _Writer:
         self._dropped_routine = metrics.counter("obs_log_lines_dropped_total", "routine")
         self._dropped_urgent = metrics.counter("obs_log_lines_dropped_total", "urgent")
         self._write: Callable[[bytes], None] = _stdout if settings.path is None else _RotatingFile(settings.path).write
+        self.sink: Sink | None = None
         self._open = True
         self._thread = threading.Thread(target=self._run, name="log writer", daemon=True)
         self._thread.start()
 
     def put(self, _: WrappedLogger, level: str, event: EventDict) -> EventDict:
-        urgent = _LEVELS.get(level, 0) >= logging.WARNING
+        urgent = is_urgent(level)
         if not self._open:
             raise structlog.DropEvent
         if self._queue.qsize() < (CAPACITY if urgent else ROUTINE_CAPACITY):
@@ -226,14 +253,20 @@ class _Writer:
                 event.set()
 
     def _encode(self, event: EventDict) -> bytes:
+        masks = not (self._unmasked_debug and event["level"] == "debug")
         try:
-            if not (self._unmasked_debug and event["level"] == "debug"):
+            if masks:
                 event = self._redactor.fields(event)
-            return _json(event)
+            line = _json(event)
         except Exception as error:
             # Values are looked at only here, and may do anything: the line itself must not be lost to them.
-            known = {key: value for key, value in event.items() if key in OURS and isinstance(value, str)}
-            return _json({**known, "unloggable": type(error).__name__})
+            event = {key: value for key, value in event.items() if key in OURS and isinstance(value, str)}
+            event["unloggable"] = type(error).__name__
+            line = _json(event)
+        sink = self.sink
+        if masks and sink is not None:
+            sink(event, line)
+        return line
 
 
 def _json(event: EventDict) -> bytes:

@@ -1,6 +1,6 @@
 """One engine that masks personal data and secrets, for log lines and for exported spans alike.
 
-What a field is called decides first (`token`, `phone`, `body`, …). Whatever is left is free text, in
+What a field is called decides first (`token`, `phone`, `body`, `url`, …). Whatever is left is free text, in
 which e-mail addresses, phone numbers and credentials are masked wherever they stand. Ids belong in
 fields of their own: in free text, long numbers look like phone numbers and are masked too.
 """
@@ -9,13 +9,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, Literal
+from urllib.parse import unquote
 
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import Status
 
 Masked = Literal["email", "phone", "body", "secret", "name"]
-Rule = Literal["secret", "name", "phone", "body", "number", "text"]
+Rule = Literal["secret", "name", "phone", "body", "address", "number", "text"]
 
 REDACTED: Final = "[redacted]"
 TEXT_LIMIT: Final = 8192
@@ -23,7 +24,7 @@ PREVIEW: Final = 50
 """Characters of a message body that are shown where the configuration asks for it."""
 
 OURS: Final = frozenset(
-    {"timestamp", "level", "event", "component", "module", "service", "version", "trace_id", "span_id"}
+    {"timestamp", "level", "event", "category", "component", "module", "service", "version", "trace_id", "span_id"}
 )
 """Fields that only the program itself fills, with constants and ids of its own: never masked."""
 
@@ -39,12 +40,18 @@ _PHONE_KEY = re.compile(
     r"(.*_)?(phone|phone_number|msisdn|mobile|tel)|to|from|caller|caller_id|callee|to_number|from_number"
 )
 _BODY_KEY = re.compile(r"(.*_)?(body|text|content|transcript)")
+_ADDRESS_KEY = re.compile(r"(.*_)?(url|uri)|url_(full|path|query)|http_target")
 _NUMBER_KEY = re.compile(r"(.*_)?(ids?|ms|seconds|count|total|bytes|at|seq|status|port|attempts|level|rate)|timestamp")
 
-_DECODE = re.compile(r"%(?:25)*(2b|40)", re.IGNORECASE)
+_ORIGIN = re.compile(r"(?:[a-z][a-z0-9+.-]*://[^/?#]*)?", re.IGNORECASE)
+_ESCAPED_AT = re.compile(r"%(?:25)*40", re.IGNORECASE)
+_ESCAPES = re.compile(r"(?:%(?:25)*[0-9a-f]{2})+", re.IGNORECASE)
+_ESCAPED_PERCENT = re.compile(r"%(?:25)+(?=[0-9a-f]{2})", re.IGNORECASE)
 _SUSPECT = re.compile(r"[@\d]|bearer|eyJ|://|passw|secret|token|api_?key", re.IGNORECASE)
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _LOCAL = r"[\w.!#$%&'*+=^`{|}~-]"
+# Possessive, and only from a boundary: the search stays linear whatever it is given.
+_EMAIL = re.compile(rf"(?P<email>(?<!{_LOCAL}){_LOCAL}++@[\w-]++(?:\.[\w-]++)*+)")
 _FREE_TEXT = re.compile(
     # Credentials, wherever they are quoted.
     r"(?P<secret>\bbearer\s+[^\s\"']+|\b(?-i:eyJ)[\w-]+(?:\.[\w-]+)*|(?<=://)[^\s:/@]*:[^\s/]+(?=@)"
@@ -57,9 +64,8 @@ _FREE_TEXT = re.compile(
     rf"|(?<![\d.+])(?:{_OCTET}\.){{3}}{_OCTET}(?![\d.])"
     r"|(?<!\w)[a-z]{0,2}(?=[0-9a-f]*\d[a-f])[0-9a-f]{16,64}(?!\w)"
     r")"
-    # Possessive, and only from a boundary: the search stays linear whatever it is given.
-    rf"|(?P<email>(?<!{_LOCAL}){_LOCAL}++@[\w-]++(?:\.[\w-]++)*+)"
-    r"|(?P<phone>(?<!\d)(?:\+\s?)?\(?\d(?:[\s().\-/\u2010-\u2015\u2212]{0,4}+\d){7,}+)",
+    rf"|{_EMAIL.pattern}"
+    r"|(?P<phone>(?<!\d)(?:\+\s?)?\(?\d(?:[\s()+.\-/\u2010-\u2015\u2212]{0,4}+\d){7,}+)",
     re.IGNORECASE,
 )
 # What may reach across a cut and still be recognised.
@@ -111,7 +117,9 @@ class Redactor:
         would no longer be recognised as one."""
         shown = text[: limit + _OVERLAP]
         if "%" in shown:
-            shown = _DECODE.sub(_decoded, shown)
+            # Addresses first: what looks like an escape may as well be part of one.
+            shown = _EMAIL.sub(self._mask, _ESCAPED_AT.sub("@", shown))
+            shown = _ESCAPES.sub(_decoded, shown)
         if len(shown) > limit:
             found = _FREE_TEXT.finditer(shown)
             shown = shown[: next((match.start() for match in found if match.end() >= limit), limit)][:limit] + "…"
@@ -124,7 +132,18 @@ class Redactor:
         if rule == "body":
             self._on_masked("body")
             return self.text(value, PREVIEW) if self._preview else f"[body {len(value)} chars]"
+        if rule == "address":
+            return self._address(value)
         return self.text(value)
+
+    def _address(self, value: str) -> str:
+        """Where something is, without the path and the query, which are what somebody asked for."""
+        origin = _ORIGIN.match(value)
+        assert origin is not None
+        if len(origin[0]) == len(value):
+            return self.text(value)
+        self._on_masked("secret")
+        return f"{self.text(origin[0])}/{REDACTED}"
 
     def _mask(self, match: re.Match[str]) -> str:
         found = match[0]
@@ -155,6 +174,8 @@ def _rule_of(key: str) -> Rule:
         return "phone"
     if _BODY_KEY.fullmatch(name):
         return "body"
+    if _ADDRESS_KEY.fullmatch(name):
+        return "address"
     return "number" if _NUMBER_KEY.fullmatch(name) else "text"
 
 
@@ -169,7 +190,7 @@ def _last_digits(number: str) -> str:
 
 
 def _decoded(match: re.Match[str]) -> str:
-    return "@" if match[1] == "40" else "+"
+    return unquote(_ESCAPED_PERCENT.sub("%", match[0]))
 
 
 class RedactingSpanExporter(SpanExporter):

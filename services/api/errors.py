@@ -21,6 +21,7 @@ from libs.domain.telemetry import logger, module_of
 from libs.guardrails import Kind, Reason, Refused
 from libs.observability.context import correlation_id
 from libs.observability.registry import Metrics
+from services.api import security
 
 _log: Final = logger("errors")
 
@@ -144,6 +145,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         kind = refused.reason.kind
         if error_type := _ERROR_TYPE.get(kind):
             metrics.counter("errors_total", _module(request), error_type).inc()
+        security.notice(refused, request, metrics)
         return problem(refused, request, headers)
 
     async def on_validation(request: Request, error: Exception) -> JSONResponse:

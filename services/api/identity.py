@@ -17,6 +17,7 @@ from libs.domain.tokens import AUDIENCE, SECRET_ALGORITHM
 from libs.guardrails import Principal, Reason, Refused, Role
 from libs.guardrails.context import MAX_ID
 from libs.observability.registry import Metrics
+from services.api import security
 
 _log: Final = logger("identity")
 
@@ -135,6 +136,7 @@ class Identity:
         self._issuer = issuer
         self._metrics = metrics
         self._verified: dict[bytes, _Verified] = {}
+        self._failures = security.Failures()
 
     async def authenticate(self, connection: HTTPConnection) -> Token:
         scheme, _, token = connection.headers.get("authorization", "").partition(" ")
@@ -152,6 +154,9 @@ class Identity:
             return Token(verified.principal, verified.until - time.time())
         except jwt.ExpiredSignatureError:
             raise self.refuse(connection, "expired") from None
+        except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError):
+            security.report("signature", connection, self._metrics)
+            raise self.refuse(connection, "invalid_token") from None
         except (jwt.PyJWTError, ValueError, TypeError):
             raise self.refuse(connection, "invalid_token") from None
 
@@ -170,8 +175,10 @@ class Identity:
     def refuse(self, connection: HTTPConnection, reason: str) -> Refused:
         """The refusal, counted and logged; `reason` is a label value of `auth_failures_total`."""
         self._metrics.counter("auth_failures_total", reason).inc()
-        client = connection.client.host if connection.client else None
-        _log.info("auth_failed", category="security", reason=reason, client_ip=client)
+        address = security.address_of(connection)
+        _log.info("auth_failed", reason=reason, client_ip=address)
+        if self._failures.add(address):
+            security.report("suspicious_ip", connection, self._metrics)
         return Refused(Reason.UNAUTHENTICATED)
 
 

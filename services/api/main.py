@@ -16,6 +16,7 @@ from opentelemetry.metrics import NoOpMeterProvider
 
 from libs.domain.db import Database
 from libs.domain.doorbell import Doorbell
+from libs.domain.logs.sink import searchable
 from libs.domain.runtime import VERSION, Runtime, compose, flags_of, telemetry
 from libs.domain.settings import FlagSettings, libpq_dsn, load
 from libs.observability.exposition import MetricsAccess
@@ -97,7 +98,7 @@ def create_app(
     connections = Connections(runtime.metrics, per_user=settings.sockets_per_user)
     app.state.connections = connections
     app.state.handshake = Handshake(
-        identity, runtime.database, connections, origins=origins_of(settings.allowed_origins)
+        identity, runtime.database, connections, runtime.metrics, origins=origins_of(settings.allowed_origins)
     )
     for room in ROOMS:
         app.include_router(room, prefix=BASE)
@@ -145,7 +146,7 @@ class RouteTemplates:
 @asynccontextmanager
 async def open_app(settings: ApiSettings, flags: FlagSettings) -> AsyncIterator[FastAPI]:
     """Everything the API needs, opened; closed again in reverse order."""
-    async with telemetry(settings, "sessiongate-api") as metrics:
+    async with telemetry(settings, "sessiongate-api") as (metrics, logging):
         identity = await identity_of(settings, metrics)
         secret = settings.metrics_basic_auth
         access = MetricsAccess.parse(secret.get_secret_value() if secret else None, settings.metrics_allow)
@@ -156,6 +157,7 @@ async def open_app(settings: ApiSettings, flags: FlagSettings) -> AsyncIterator[
         try:
             runtime = compose(settings, flags_of(flags), metrics=metrics, database=database, bell=doorbell)
             async with (
+                searchable(logging, settings, database, metrics),
                 watch_loop(metrics),
                 runtime.flags.following(),
                 runtime.recorder.writing(),

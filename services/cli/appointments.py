@@ -142,7 +142,7 @@ def activate_booked_appointments(as_json: AsJson = False) -> None:
 def _trigger(command: Callable[[Triggers], Awaitable[TriggerRun]], as_json: bool) -> None:
     async def run() -> TriggerRun:
         settings = home.logging_settings()
-        async with telemetry(settings, "sessiongate-cli") as metrics, opened(settings) as database:
+        async with telemetry(settings, "sessiongate-cli") as (metrics, _), opened(settings) as database:
             flags = LiveFlags(flags_of(home.flag_settings()), database=database, metrics=metrics)
             await flags.reload()
             converter = Converter(

@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "flags": "services.cli.flags:app",
     "outbox": "services.cli.outbox:app",
     "alerts": "services.cli.alerts:app",
+    "logs": "services.cli.logs:app",
     "explain": "services.cli.explain:explain",
     "audit": "services.cli.audit:audit",
     "demo": "services.cli.demo:demo",

@@ -37,6 +37,7 @@ DEFAULTS: Final[Mapping[str, str]] = {
     "DISABLE_LEGACY_APPOINTMENT_TRIGGERS": "true",
     "ALLOW_LEGACY_APPOINTMENT_CHAT": "false",
     "SESSIONGATE_METRICS_ALLOW": "127.0.0.0/8,::1/128",
+    "SESSIONGATE_LOG_SEARCH_HOURS": "72",
 }
 """What the services are told unless the environment or `.env` says otherwise."""
 

@@ -2,7 +2,8 @@
 
 A heartbeat every second proves that a worker lives and that its pulse beats; as often, flags whose tripwire
 is crossed are turned off. Every 15 seconds the gauges are set and the backlog sampled, runs made at the
-command line are added to the counters, each exactly once, and old idempotency keys, decisions and alerts are forgotten.
+command line are added to the counters, each exactly once, and old idempotency keys, decisions, alerts and lines of
+the log are forgotten.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from libs.domain.conversion.report import count
 from libs.domain.decisions import log as decisions
 from libs.domain.doorbell import Doorbell
 from libs.domain.flags import tripwires
+from libs.domain.logs import search as logs
 from libs.domain.runtime import Runtime
 from libs.domain.tables import PENDING_DELIVERY
 from libs.domain.telemetry import logger
@@ -71,6 +73,7 @@ class Gauges:
                     await idempotency.prune(self._runtime.database)
                     await decisions.prune(self._runtime.database)
                     await alerts.prune(self._runtime.database)
+                    await self._prune_log_lines()
                     measured_at = loop.time()
                 await self.trip_flags()
             except Exception as error:
@@ -92,6 +95,10 @@ class Gauges:
         metrics.gauge("worker_queue_depth", "arq").set(await self._doorbell.waiting())
         for run in runs:
             count(metrics, run["task"], [(run["result"], run["modality"], run["reason"], run["number"])])
+
+    async def _prune_log_lines(self) -> None:
+        settings = self._runtime.settings
+        await logs.prune(self._runtime.database, hours=settings.log_search_hours, lines=settings.log_search_lines)
 
     async def trip_flags(self) -> None:
         async with self._runtime.begin() as tx:

@@ -16,6 +16,7 @@ from libs.domain.doorbell import Doorbell
 from libs.domain.jobs import ConvertDue, DispatchOutbox, Job
 from libs.domain.legacy.commands import Command
 from libs.domain.legacy.triggers import Triggers
+from libs.domain.logs.sink import searchable
 from libs.domain.notifications import Notifications
 from libs.domain.outbox.dispatch import Dispatcher, EventConsumer
 from libs.domain.outbox.events import Consumer, Lane
@@ -54,7 +55,7 @@ class LocalBell:
 
 async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
     """Works until SIGTERM or SIGINT."""
-    async with telemetry(settings, "sessiongate-worker") as metrics:
+    async with telemetry(settings, "sessiongate-worker") as (metrics, logging):
         secret = settings.metrics_basic_auth
         access = MetricsAccess.parse(secret.get_secret_value() if secret else None, settings.metrics_allow)
         database = Database(
@@ -108,6 +109,7 @@ async def work(settings: WorkerSettings, flags: FlagSettings) -> None:
         jobs = functions(bell.handlers, metrics)
         try:
             async with (
+                searchable(logging, settings, database, metrics),
                 serve_metrics(metrics, access, settings.worker_metrics_host, settings.worker_metrics_port) as port,
                 watch_loop(metrics),
                 runtime.flags.following(),

@@ -7,11 +7,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
-import orjson
 import pytest
 
-from deploy.generate import prometheus
-from deploy.generate.objectives import OBJECTIVES
+from libs.domain import log_events as registry
 from libs.domain.catalogue import CATALOGUE
 from libs.domain.conversion.report import Reporter
 from libs.domain.outbox.append import append
@@ -21,12 +19,13 @@ from libs.domain.settings import FlagSettings
 from libs.domain.transaction import transaction
 from libs.guardrails import OPERATIONS, Flag, Reason
 from libs.observability.catalogue import OWN
-from libs.observability.rules import Alert
+from libs.observability.events import EVERY_LINE, SEVERITY
 from services.api.errors import STATUS
 from services.api.realtime.frames import ClientFrame, ServerFrame
 from tests.architecture.test_rules import ROOT, sources
 from tests.clinic import Clinic
 from tests.conftest import MakeApi
+from tests.log_lines import faults_of, lines_of
 from tests.processes import until
 from tests.running import Api
 from tests.sockets import following, opened
@@ -108,6 +107,7 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
         {"module": MODULES, "type": "authentication authorization validation system timeout"},
     ),
     "auth_failures_total": ("counter", {"reason": "bad_credentials expired invalid_token forbidden rate_limited"}),
+    "security_events_total": ("counter", {"kind": "suspicious_ip privilege signature rate_limit other"}),
     "guard_verdicts_total": (
         "counter",
         {
@@ -182,6 +182,7 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "db_connections_in_use": ("gauge", {"pool": "api worker"}),
     "db_connections_max": ("gauge", {"pool": "api worker"}),
     "job_duration_seconds": ("histogram", {"task": "convert_due dispatch_outbox", "result": "ok error retry timeout"}),
+    "log_lines_not_stored_total": ("counter", {"level": "routine urgent"}),
     "doorbell_failures_total": ("counter", {}),
     "audit_violations": ("gauge", {"invariant": INVARIANTS}),
     "audit_last_run_timestamp_seconds": ("gauge", {}),
@@ -202,60 +203,72 @@ ALIASES = {
     "booking_post_own_duration_seconds": "booking_post_p95_ms",
 }
 
-EVERY_LINE = "timestamp level event module component service version"
-OF_A_RUN = "run_id due_count attempted_count created_count skipped_count failed_count runtime_ms source"
-OF_A_VERDICT = "appointment_id session_id user_id operation enforced correlation_id tenant_id"
-OF_A_SOCKET = "session_id user_id tenant_id correlation_id"
+OF_EVERY_LINE = "timestamp level event component module service version"
+OF_A_RUN = "run_id due_count attempted_count created_count skipped_count failed_count runtime_ms source dry_run"
+OF_A_VERDICT = "operation appointment_id session_id user_id enforced correlation_id tenant_id"
+OF_A_SOCKET = "session_id user_id connection_id correlation_id tenant_id"
 LOG_EVENTS = {
-    "http_request": "method route status latency_ms correlation_id",
-    "slow_operation": "category route latency_ms",
-    "auth_failed": "category reason client_ip correlation_id",
-    "guard_blocked": f"message {OF_A_VERDICT}",
-    "guard_allowed_with_warning": f"message {OF_A_VERDICT}",
-    "guard_refused": f"error_code {OF_A_VERDICT}",
-    "decisions_not_written": "exception_type waiting",
-    "chat_message_stored": "category session_id user_id operation message_id correlation_id tenant_id",
-    "chat_connection_opened": f"category {OF_A_SOCKET}",
-    "chat_connection_closed": f"category code duration_ms {OF_A_SOCKET}",
-    "chat_connection_refused": "category error_code correlation_id",
-    "rooms_failed": "exception_type",
-    "activity_not_written": "exception_type waiting",
-    "session_state_changed": "session_id status",
-    "session_charged": "session_id appointment_id units_added units_charged tenant_id",
-    "legacy_charged": "appointment_id status units_added units_charged tenant_id",
-    "legacy_triggers_disabled": "message command_name disabled_tenants tenants",
-    "legacy_trigger_run": "command_name processed skipped job_run_id disabled_tenants",
-    "legacy_trigger_failed": "appointment_id exception_type",
-    "charges_refunded": "session_id appointment_id units tenant_id",
-    "appointment_auto_start_run": OF_A_RUN,
-    "appointment_recovery_run": OF_A_RUN,
-    "appointment_session_conversion": "appointment_id result session_id failure_reason error_message modality source"
-    " job_run_id tenant_id correlation_id",
-    "outbox_dispatched": "event_name outbox_id attempts event_id consumer tenant_id",
-    "outbox_failed": "event_name outbox_id attempts consumer error_message exception_type dead",
-    "outbox_lane_failed": "exception_type",
-    "webhook_disabled": "endpoint_id tenant_id reason",
-    "job_finished": "task result duration_ms",
-    "worker_started": "worker metrics_port",
-    "worker_stopped": "worker",
-    "pulse_beat_failed": "exception_type",
-    "settlement_failed": "exception_type",
-    "gauges_failed": "exception_type",
-    "audit_violation": "invariant violations examples",
-    "audit_failed": "exception_type",
-    "cron_failed": "exception_type task",
-    "alert_received": "alert severity alert_component fingerprint started_at",
-    "alert_resolved": "alert severity alert_component fingerprint started_at resolved_at",
-    "alerts_not_understood": "number kept",
-    "doorbell_lost": "exception_type",
-    "flag_environment_shadowed": "flag tenant_id target environment",
-    "flag_tripped": "flag tenant_id requests refused",
-    "flags_not_followed": "exception_type",
-    "database_unavailable": "exception_type",
-    "jwks_reload_failed": "exception_type",
-    "unhandled_error": "error_code",
-    "library_log": "message logger",
+    "http_request": ("info", "method route status latency_ms correlation_id"),
+    "slow_operation": ("warning performance", "route latency_ms correlation_id"),
+    "library_log": ("debug", "message logger"),
+    "guard_blocked": ("warning", f"message {OF_A_VERDICT}"),
+    "guard_allowed_with_warning": ("warning", f"message {OF_A_VERDICT}"),
+    "guard_refused": ("info", f"error_code {OF_A_VERDICT}"),
+    "decisions_not_written": ("warning error", "exception_type waiting"),
+    "chat_message_stored": (
+        "info message",
+        "session_id user_id operation message_id duration_ms correlation_id tenant_id",
+    ),
+    "chat_connection_opened": ("info connection", OF_A_SOCKET),
+    "chat_connection_closed": ("info connection", f"code duration_ms {OF_A_SOCKET}"),
+    "chat_connection_refused": ("info connection", "error_code correlation_id"),
+    "rooms_failed": ("warning error", "exception_type"),
+    "activity_not_written": ("warning error", "exception_type waiting"),
+    "auth_failed": ("info security", "reason client_ip correlation_id"),
+    "security_event": ("info security", "kind client_ip user_agent correlation_id"),
+    "jwks_reload_failed": ("warning security", "exception_type"),
+    "session_state_changed": ("info", "session_id status"),
+    "session_charged": ("info", "session_id appointment_id units_added units_charged tenant_id"),
+    "charges_refunded": ("info", "session_id appointment_id units tenant_id"),
+    "settlement_failed": ("error error", "exception_type session_id"),
+    "legacy_charged": ("info", "appointment_id status units_added units_charged tenant_id"),
+    "legacy_triggers_disabled": ("info", "message command_name disabled_tenants tenants"),
+    "legacy_trigger_run": ("info", "command_name processed skipped job_run_id disabled_tenants"),
+    "legacy_trigger_failed": ("error error", "appointment_id exception_type"),
+    "appointment_session_conversion": (
+        "info",
+        "appointment_id result session_id failure_reason error_message modality delay_ms source job_run_id tenant_id"
+        " correlation_id",
+    ),
+    "appointment_auto_start_run": ("info", OF_A_RUN),
+    "appointment_recovery_run": ("info", OF_A_RUN),
+    "pulse_beat_failed": ("error error", "exception_type"),
+    "outbox_dispatched": ("info", "event_name outbox_id attempts event_id consumer tenant_id"),
+    "outbox_failed": (
+        "warning error",
+        "event_name outbox_id attempts consumer tenant_id error_message exception_type dead",
+    ),
+    "outbox_lane_failed": ("error error", "exception_type"),
+    "webhook_disabled": ("warning", "endpoint_id tenant_id reason"),
+    "doorbell_lost": ("warning error", "exception_type"),
+    "alert_received": ("warning", "alert severity alert_component fingerprint started_at"),
+    "alert_resolved": ("info", "alert severity alert_component fingerprint started_at resolved_at"),
+    "alerts_not_understood": ("warning error", "number kept"),
+    "flag_environment_shadowed": ("warning", "flag tenant_id target environment"),
+    "flag_tripped": ("error error", "flag tenant_id requests refused"),
+    "flags_not_followed": ("warning error", "exception_type"),
+    "worker_started": ("info", "worker metrics_port"),
+    "worker_stopped": ("info", "worker"),
+    "log_lines_not_stored": ("warning error", "exception_type waiting"),
+    "job_finished": ("info", "task result duration_ms"),
+    "gauges_failed": ("error error", "exception_type"),
+    "cron_failed": ("error error", "exception_type task"),
+    "audit_violation": ("error error", "invariant violations examples"),
+    "audit_failed": ("error error", "exception_type"),
+    "database_unavailable": ("warning error", "exception_type"),
+    "unhandled_error": ("error error", "error_code exception_type error_message stack_fingerprint"),
 }
+"""Each with its least severe level and its category, and the fields that it always has."""
 PHRASES = {
     "SessionContextGuard: Chat operation blocked",
     "SessionContextGuard: Billing blocked",
@@ -452,23 +465,26 @@ def test_metrics_keep_their_names_their_labels_and_the_values_of_those() -> None
     assert aliases == ALIASES
 
 
-def test_operators_are_told_of_every_metric_log_event_and_span() -> None:
+def test_operators_are_told_of_every_metric_and_span() -> None:
     told = (ROOT / "docs/telemetry.md").read_text()
     listed = (ROOT / "docs/metrics.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| (counter|gauge|histogram) \|", listed, re.MULTILINE))
     assert rows == {spec.name: spec.kind for spec in (*CATALOGUE, *OWN)}
     words = set(re.findall(r"`([\w.{} ]+)`", told))
-    assert set(LOG_EVENTS) - words == set()
     spelled = {"{consumer}.deliver": "notifications.deliver", "arq.job {job.name}": "arq.job {name}"}
     spelled["arq.enqueue {job.name}"] = "arq.enqueue {name}"
     assert {spelled.get(span, span) for span in SPANS} - words == set()
 
 
-def test_alerts_keep_their_names_and_how_urgent_they_are() -> None:
-    rules = [rule for group in prometheus.groups() for rule in group.rules if isinstance(rule, Alert)]
-    named = {severity: {rule.name for rule in rules if rule.severity == severity} for severity in ALERTS}
-    assert named == {severity: set(names.split()) for severity, names in ALERTS.items()}
-    assert [objective.name for objective in OBJECTIVES] == OBJECTIVES_OF_SERVICE.split()
+def test_operators_are_told_of_every_log_event() -> None:
+    told = (ROOT / "docs/telemetry.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w*) ?\| [^|]+ \| ([`\w, ]+) \|$", told, re.MULTILINE)
+    documented = {
+        name: (level, category, fields.replace("`", "").split(", ")) for name, level, category, fields in rows
+    }
+    assert documented == {
+        event.name: (event.level, event.category or "", list(event.required)) for event in registry.LOG_EVENTS.values()
+    }
 
 
 def calls(*functions: str) -> Iterator[ast.Call]:
@@ -489,15 +505,62 @@ def strings() -> set[str]:
     }
 
 
-def test_log_events_keep_their_names_and_operators_their_phrases() -> None:
-    logged = {
-        call.args[0].value
+def test_log_events_keep_their_names_their_fields_and_how_severe_they_are() -> None:
+    registered = {
+        event.name: (" ".join(filter(None, (event.level, event.category))), set(event.required))
+        for event in registry.LOG_EVENTS.values()
+    }
+    assert registered == {name: (kind, set(fields.split())) for name, (kind, fields) in LOG_EVENTS.items()}
+    assert set(OF_EVERY_LINE.split()) == set(EVERY_LINE)
+    assert strings() >= PHRASES
+
+
+# The event of a run is looked up by the task, and its fields are those of the run.
+RUNS = {"appointment_auto_start_run", "appointment_recovery_run"}
+# What surrounds a line may give it these.
+BOUND = {"correlation_id", "tenant_id", "user_id", "session_id", "connection_id", "source", "job_run_id"}
+OF_AN_EXCEPTION = {"exception_type", "error_message", "stack_fingerprint"}
+
+
+def logged(event: str, call: ast.Call) -> list[str]:
+    """What is wrong with a call that logs an event."""
+    given = {keyword.arg for keyword in call.keywords}
+    known = registry.LOG_EVENTS.get(event)
+    if known is None:
+        return ["it is not registered"]
+    if "exc_info" in given:
+        given |= OF_AN_EXCEPTION
+    faults = [] if None in given else [f"it lacks {name}" for name in {*known.required} - BOUND - given]
+    level = call.func.attr if isinstance(call.func, ast.Attribute) else known.level
+    if SEVERITY.get(level, 0) < SEVERITY[known.level]:
+        faults.append("it is less severe")
+    return faults
+
+
+@pytest.mark.parametrize(
+    ("code", "faulty"),
+    [
+        ("_log.info('unheard_of', task=1)", True),
+        ("_log.error('cron_failed', exc_info=error)", True),
+        ("_log.info('cron_failed', exc_info=error, task='x')", True),
+        ("_log.error('cron_failed', exc_info=error, task='x')", False),
+        ("tell('cron_failed', exc_info=error, task='x')", False),
+    ],
+)
+def test_a_line_that_lacks_something_would_be_noticed(code: str, faulty: bool) -> None:
+    call: Any = ast.parse(code, mode="eval").body
+    assert bool(logged(call.args[0].value, call)) is faulty
+
+
+def test_whatever_is_logged_is_a_registered_event_with_all_of_its_fields() -> None:
+    found = [
+        (str(call.args[0].value), call)
         for call in calls("debug", "info", "warning", "error", "tell", "told")
         if isinstance(call.args[0], ast.Constant)
-    }
-    # The event of a run is looked up by the task.
-    assert logged | {"appointment_auto_start_run", "appointment_recovery_run"} == set(LOG_EVENTS)
-    assert set(LOG_EVENTS) | PHRASES <= strings()
+    ]
+    assert [(event, faults) for event, call in found if (faults := logged(event, call))] == []
+    assert {event for event, _ in found} | RUNS == registry.LOG_EVENTS.keys()
+    assert strings() >= RUNS
 
 
 def test_spans_keep_their_names() -> None:
@@ -566,27 +629,14 @@ async def test_log_lines_keep_their_fields(make_api: MakeApi, clinic: Clinic, tm
     await everything_happens(api, clinic)
 
     async def lines() -> list[dict[str, Any]]:
-        written = [orjson.loads(line) for line in log.read_bytes().splitlines()]
+        written = lines_of(log)
         return written if {line["event"] for line in written} >= HAPPEN else []
 
     for line in await until(lines):
-        assert line.keys() >= {*EVERY_LINE.split(), *LOG_EVENTS[line["event"]].split()}, line
+        assert faults_of(line) == [], line
         assert line["module"] in MODULES.split()
         assert line["service"] == "sessiongate-api"
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", line["timestamp"])
-
-
-def test_log_lines_about_faults_and_the_worker_keep_their_fields() -> None:
-    given: dict[str, set[str]] = {}
-    for call in calls("info", "warning", "error", "told"):
-        if isinstance(call.args[0], ast.Constant) and call.args[0].value in LOG_EVENTS.keys() - HAPPEN:
-            keywords = {keyword.arg or "" for keyword in call.keywords}
-            if "exc_info" in keywords:
-                keywords |= {"exception_type", "error_message", "stack_fingerprint"}
-            given[call.args[0].value] = keywords
-    assert given.keys() == LOG_EVENTS.keys() - HAPPEN
-    for event, keywords in given.items():
-        assert keywords >= set(LOG_EVENTS[event].split()), event
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ async def measure_product(servers: Servers, template: str, folder: Path, limit: 
     async with fresh_copy(servers, template) as name:
         url = url_of(servers, name, LOGIN)
         settings: Any = {"database_url": url, "redis_url": servers.redis_url, "log_file": folder / f"{name}.jsonl"}
-        async with telemetry(Settings(**settings), "sessiongate-worker") as metrics:
+        async with telemetry(Settings(**settings), "sessiongate-worker") as (metrics, _):
             database = Database(url, application="benchmark", timeouts=WORKER_TIMEOUTS)
             converter = Converter(database, Reporter(metrics).batch, worker="benchmark", counts=True, batch_limit=BATCH)
             # The connection is there in a worker, too, when the first appointment becomes due.

@@ -54,6 +54,19 @@ def test_the_services_log_to_files(up: Up) -> None:
     assert "{" not in up.output
 
 
+def test_what_the_services_log_can_be_searched(up: Up) -> None:
+    known = {"SESSIONGATE_HOME": str(up.home)}
+    deadline = time.monotonic() + STOP_SECONDS
+    services: set[str] = set()
+    while services != {"sessiongate-api", "sessiongate-worker"} and time.monotonic() < deadline:
+        found = sessiongate(up.home.parent, "logs", "search", "--limit", "1000", "--json", env=known)
+        assert found.returncode == 0, found.stderr
+        services = {line["service"] for line in json.loads(found.stdout)}
+    assert services == {"sessiongate-api", "sessiongate-worker"}
+    counted = json.loads(sessiongate(up.home.parent, "logs", "stats", "--since", "1h", "--json", env=known).stdout)
+    assert "worker_started" in {each["event"] for each in counted}
+
+
 async def test_up_json_tells_everything_and_only_to_the_user(up: Up) -> None:
     assert mode(up.home / "up.json") == 0o600
     found = up.whereabouts()

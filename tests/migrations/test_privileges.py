@@ -21,6 +21,7 @@ SWEPT = {
     "socket_tickets": {"INSERT", "DELETE"},
     "flag_overrides": {"INSERT", "UPDATE", "DELETE"},
     "decisions": {"INSERT", "DELETE"},
+    "log_lines": {"INSERT", "DELETE"},
     "outbox_deliveries": {"INSERT", "UPDATE", "DELETE"},
     "webhook_endpoints": {"INSERT", "UPDATE", "DELETE"},
     "webhook_secrets": {"INSERT", "UPDATE", "DELETE"},

@@ -2,16 +2,34 @@
 
 import base64
 import hashlib
+import logging
 import random
 import string
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from urllib.parse import quote, quote_plus
 from uuid import UUID
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from libs.observability.redaction import OURS, PREVIEW, REDACTED, TEXT_LIMIT, Masked, Redactor, scrub_text
+from libs.observability.logging import get_logger
+from libs.observability.redaction import (
+    OURS,
+    PREVIEW,
+    REDACTED,
+    TEXT_LIMIT,
+    Masked,
+    RedactingSpanExporter,
+    Redactor,
+    scrub_text,
+)
+from libs.observability.testing import capture_logs
 
 PHONE = "+4915112345678"
 EMAIL = "jane.roe@example.com"
@@ -44,31 +62,83 @@ def digits(text: str) -> str:
     return "".join(character for character in text if character.isdigit())
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_no_phone_number_shows_more_than_its_last_four_digits(form: str) -> None:
+def phones(form: str) -> Iterator[tuple[str, str]]:
+    """A thousand numbers of that form, each with its last four digits."""
     rng = random.Random(form)
-    leaks = []
     for _ in range(1000):
-        a, b, c = rng.randint(200, 999), rng.randint(200, 999), rng.randint(0, 9999)
-        number = form.format(a=a, b=b, c=f"{c:04}")
-        masked = scrub_text(f"Cannot call {number}, busy")
-        if digits(masked) != f"{c:04}":
+        a, b, c = rng.randint(200, 999), rng.randint(200, 999), f"{rng.randint(0, 9999):04}"
+        yield form.format(a=a, b=b, c=c), c
+
+
+def emails() -> Iterator[tuple[str, str]]:
+    """Five thousand addresses, each with what may be shown of it."""
+    rng = random.Random(1)
+    local, domain = string.ascii_letters + string.digits + "._+-'!#$&*=^~%", string.ascii_lowercase + string.digits
+    for _ in range(5000):
+        name = "x" + "".join(rng.choices(local, k=rng.randint(2, 20))) + "y"
+        host = "".join(rng.choices(domain, k=rng.randint(4, 12))) + rng.choice((".com", ".co.uk", ".museum"))
+        yield f"{name}{rng.choice(('@', '%40', '%2540'))}{host}", f"***{host[-4:]}"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("encode", [str, quote, quote_plus, lambda number: quote(quote(number))])
+def test_no_phone_number_shows_more_than_its_last_four_digits(form: str, encode: Callable[[str], str]) -> None:
+    leaks = []
+    for number, last in phones(form):
+        masked = scrub_text(f"Cannot call /?to={encode(number)}&busy=")
+        if digits(masked) != last:
             leaks.append((number, masked))
     assert leaks == []
 
 
 def test_no_email_address_shows_its_local_part_or_its_whole_domain() -> None:
-    rng = random.Random(1)
-    local, domain = string.ascii_letters + string.digits + "._+-'!#$&*=^~%", string.ascii_lowercase + string.digits
     leaks = []
-    for _ in range(5000):
-        name = "x" + "".join(rng.choices(local, k=rng.randint(2, 20))) + "y"
-        host = "".join(rng.choices(domain, k=rng.randint(4, 12))) + rng.choice((".com", ".co.uk", ".museum"))
-        at = rng.choice(("@", "%40", "%2540"))
-        masked = scrub_text(f"to <{name}{at}{host}>, bounced")
-        if masked != f"to <***{host[-4:]}>, bounced":
-            leaks.append((name, host, masked))
+    for address, shown in emails():
+        masked = scrub_text(f"to <{address}>, bounced")
+        if masked != f"to <{shown}>, bounced":
+            leaks.append((address, masked))
     assert leaks == []
+
+
+def told(texts: Iterable[str]) -> Iterator[str]:
+    """Each text as it leaves the process, by all the ways there are: the field of a line, what an exception says, a
+    record of a library, and the attributes, the exception and the status of a span."""
+    exported = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(RedactingSpanExporter(exported, Redactor())))
+    tracer, log, library = provider.get_tracer("test"), get_logger("chat", "conversation"), logging.getLogger("library")
+    with capture_logs() as captured:
+        for number, text in enumerate(texts):
+            with suppress(LookupError), tracer.start_as_current_span("x", attributes={"note": text}):
+                log.info("told", note=text)
+                library.warning("%s", text)
+                log.error("failed", exc_info=LookupError(text))
+                raise LookupError(text)
+            if number % 1000 == 0:
+                captured.raw()  # no more may wait than the writer has room for
+        for line in captured.lines():
+            yield line.get("note") or line.get("error_message") or line["message"]
+    for span in exported.get_finished_spans():
+        assert span.attributes is not None
+        yield str(span.attributes["note"])
+        yield str(span.status.description).removeprefix("LookupError: ")
+        (event,) = span.events
+        assert event.attributes is not None
+        yield str(event.attributes["exception.message"])
+
+
+def test_no_phone_number_and_no_email_address_leaves_the_process() -> None:
+    private = list(emails())
+    for form in FORMATS:
+        prefix = form[: form.find(":") + 1]  # such as `tel:`
+        private += ((number, f"{prefix}***{last}") for number, last in phones(form))
+    random.Random(3).shuffle(private)
+    # Twenty in one text, since each way takes its time.
+    texts = [private[start : start + 20] for start in range(0, len(private), 20)]
+    shown = Counter(" | ".join(shown for _, shown in text) for text in texts)
+    assert Counter(told(" | ".join(hidden for hidden, _ in text) for text in texts)) == Counter(
+        {text: 6 * number for text, number in shown.items()}
+    )
 
 
 def test_a_very_short_address_shows_nothing_of_its_local_part() -> None:
@@ -97,29 +167,35 @@ def test_ids_moments_addresses_and_hashes_are_no_phone_numbers() -> None:
     assert changed == []
 
 
-@pytest.mark.parametrize(
-    "secret",
-    [
-        "Bearer abc.DEF-123",
-        "bearer   abc.DEF-123",
-        JWT,
-        JWT[: len(JWT) // 2],
-        "postgresql://user:hunter2@db.example/app",
-        "postgresql+asyncpg://user:hun%40ter2@db.example:5432/app?ssl=true",
-        "redis://:hunter2@cache:6379/0",
-        "SESSIONGATE_DATABASE_URL=postgresql://u:hunter2@h/db",
-        "postgresql://u:p@h/db",
-        "password=hunter2 host=db",
-        "wss://h/socket?access_token=hunter2&room=7",
-        '{"api_key": "hunter2"}',
-    ],
-)
+CREDENTIALS = [
+    "Bearer abc.DEF-123",
+    "bearer   abc.DEF-123",
+    JWT,
+    JWT[: len(JWT) // 2],
+    "postgresql://user:hunter2@db.example/app",
+    "postgresql+asyncpg://user:hun%40ter2@db.example:5432/app?ssl=true",
+    "redis://:hunter2@cache:6379/0",
+    "SESSIONGATE_DATABASE_URL=postgresql://u:hunter2@h/db",
+    "postgresql://u:p@h/db",
+    "password=hunter2 host=db",
+    "wss://h/socket?access_token=hunter2&room=7",
+    '{"api_key": "hunter2"}',
+]
+PARTS = ("abc.DEF", "hunter2", "hun", "ter2", "u:p", ":p@", JWT[:20], JWT[20:40])
+
+
+@pytest.mark.parametrize("secret", CREDENTIALS)
 def test_credentials_are_masked_wherever_they_are_quoted(secret: str) -> None:
     masked = scrub_text(f"refused: {secret} (try again)")
-    for part in ("abc.DEF", "hunter2", "hun", "ter2", "u:p", ":p@", JWT[:20], JWT[20:40]):
-        assert part not in masked
+    assert [part for part in PARTS if part in masked] == []
     assert "[redacted]" in masked
     assert masked.endswith("(try again)")
+
+
+def test_no_credential_leaves_the_process() -> None:
+    texts = list(told(CREDENTIALS))
+    assert len(texts) == 6 * len(CREDENTIALS)
+    assert [text for text in texts for part in PARTS if part in text] == []
 
 
 def test_a_word_that_merely_looks_like_a_token_stays() -> None:
@@ -169,6 +245,19 @@ def test_a_field_for_phone_numbers_shows_four_digits_of_texts_and_integers(key: 
 def test_a_body_shows_its_length_alone(key: str) -> None:
     assert Redactor().value(key, "I feel unwell") == "[body 13 chars]"
     assert Redactor().value(key, 4915112345678) == "[body 13 chars]"
+
+
+@pytest.mark.parametrize(
+    "key", ["url", "http.url", "url.full", "http.target", "url.path", "url.query", "media_url", "redirectUri"]
+)
+def test_an_address_shows_no_path_and_no_query(key: str) -> None:
+    masked = Redactor().value
+    assert masked(key, "https://example.org/I-feel/unwell?q=x#y") == f"https://example.org/{REDACTED}"
+    assert masked(key, "https://user:hunter2@example.org?q=x") == f"https://{REDACTED}@example.org/{REDACTED}"
+    assert masked(key, "/api/v1/chat/unwell") == f"/{REDACTED}"
+    assert masked(key, "q=unwell") == f"/{REDACTED}"
+    assert masked(key, "https://example.org:8443") == "https://example.org:8443"
+    assert masked(key, "") == ""
 
 
 def test_the_preview_of_a_body_is_scrubbed_itself() -> None:

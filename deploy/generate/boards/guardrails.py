@@ -160,6 +160,13 @@ BOARD: Final = board(
                 unit=units.CountsPerMinute,
                 limits=above(10),
             ),
+            timeseries(
+                "Attempts at more than is allowed",
+                "`signature`: somebody forges tokens, or a key was changed on one side only. `suspicious_ip`: an"
+                " address fails again and again. `privilege`: a role asks for what it may not.",
+                Query(per_minute("security_events_total", "kind"), "{{kind}}"),
+                unit=units.CountsPerMinute,
+            ),
         ],
     ),
 )

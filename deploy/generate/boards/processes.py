@@ -192,6 +192,12 @@ BOARD: Final = board(
                 unit=units.CountsPerMinute,
             ),
             timeseries(
+                "Log lines that cannot be searched",
+                "`routine`: there were more in a second than are stored. `urgent`: the database took none.",
+                Query(per_minute("log_lines_not_stored_total", "level"), "{{level}}"),
+                unit=units.CountsPerMinute,
+            ),
+            timeseries(
                 "Traces kept",
                 "By chance (`head`), because of an error, or because another process found one (`remote`).",
                 Query(per_minute("obs_traces_kept_total", "reason"), "{{reason}}"),

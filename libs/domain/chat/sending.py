@@ -91,9 +91,9 @@ class Chat:
         """
         began = time.perf_counter()
         if isinstance(claim.subject, AppointmentRef):
-            sent = await self._send_by_appointment(claim, claim.subject, new)
+            sent = await self._send_by_appointment(claim, claim.subject, new, began)
         else:
-            sent = await self._send_by_session(claim, claim.subject, new)
+            sent = await self._send_by_session(claim, claim.subject, new, began)
         if sent.repeated:
             self._retries.inc()
         else:
@@ -102,20 +102,22 @@ class Chat:
             self._duration.observe(time.perf_counter() - began)
         return sent
 
-    async def _send_by_session(self, claim: Claim[Sending], session: SessionRef, new: NewMessage) -> Sent:
+    async def _send_by_session(self, claim: Claim[Sending], session: SessionRef, new: NewMessage, began: float) -> Sent:
         async with self._database.autocommit() as connection:
             row = await self._insert(connection, claim, session, new)
             known = _facts(row)
             if not (known.session and known.session.overdue):
                 context = self._guard.open(claim, known)
-                return await self._sent(connection, context, row, new)
+                return await self._sent(connection, context, row, new, began)
         # Not while holding a connection of the other pool.
         async with transaction(self._database, self._bell) as tx:
             await self._settlement.one(tx, known.session.id)
         context = self._guard.open(claim, known)
         raise AssertionError(f"An overdue session let {context.operation.name} through.")
 
-    async def _send_by_appointment(self, claim: Claim[Sending], subject: AppointmentRef, new: NewMessage) -> Sent:
+    async def _send_by_appointment(
+        self, claim: Claim[Sending], subject: AppointmentRef, new: NewMessage, began: float
+    ) -> Sent:
         """The legacy way in: where the flags allow it, it acts on the session, if there is one."""
         async with transaction(self._database, self._bell) as tx:
             active = await people.is_active(tx, claim.caller)
@@ -129,7 +131,7 @@ class Chat:
                 row = await connection.fetchrow(
                     SEND_BY_APPOINTMENT, *self._arguments(claim, subject.id, conversation_id, new)
                 )
-            return await self._sent(connection, context, row, new)
+            return await self._sent(connection, context, row, new, began)
 
     async def _insert(
         self, connection: "asyncpg.Connection[Any]", claim: Claim[Sending], session: SessionRef, new: NewMessage
@@ -173,7 +175,12 @@ class Chat:
         )
 
     async def _sent(
-        self, connection: "asyncpg.Connection[Any]", context: SessionContext[Sending], row: Any, new: NewMessage
+        self,
+        connection: "asyncpg.Connection[Any]",
+        context: SessionContext[Sending],
+        row: Any,
+        new: NewMessage,
+        began: float,
     ) -> Sent:
         if row["duplicate_id"] is not None:
             return await self._repeated(connection, context, row["duplicate_id"], new)
@@ -198,12 +205,12 @@ class Chat:
         )
         _log.info(
             "chat_message_stored",
-            category="message",
             session_id=context.session.id if context.session else None,
             appointment_id=context.appointment.id if context.appointment else None,
             user_id=caller.user_id,
             operation=context.operation.name,
             message_id=stored.id,
+            duration_ms=round(1000 * (time.perf_counter() - began), 2),
         )
         if row["activated"] and context.session:
             _log.info(

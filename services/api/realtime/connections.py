@@ -31,7 +31,7 @@ class Connections:
         self._open[user_id] += 1
         self._metrics.counter("chat_connections_opened_total").inc()
         self._measure()
-        _log.info("chat_connection_opened", category="connection")
+        _log.info("chat_connection_opened")
         began = time.monotonic()
         try:
             yield
@@ -43,7 +43,6 @@ class Connections:
             self._account_for(wire)
             _log.info(
                 "chat_connection_closed",
-                category="connection",
                 code=wire.closed_with,
                 duration_ms=round(1000 * (time.monotonic() - began)),
             )

@@ -12,6 +12,8 @@ from libs.domain import tickets
 from libs.domain.db import Database
 from libs.domain.telemetry import logger
 from libs.guardrails import Reason, Refused, parse_context
+from libs.observability.registry import Metrics
+from services.api import security
 from services.api.errors import problem
 from services.api.identity import Identity, Token
 from services.api.realtime.connections import Connections
@@ -36,9 +38,16 @@ class Handshake:
     """`origins` are those of the web pages that may open sockets; programs have none and always may."""
 
     def __init__(
-        self, identity: Identity, database: Database, connections: Connections, *, origins: frozenset[str]
+        self,
+        identity: Identity,
+        database: Database,
+        connections: Connections,
+        metrics: Metrics,
+        *,
+        origins: frozenset[str],
     ) -> None:
         self._identity = identity
+        self._metrics = metrics
         self._database = database
         self._connections = connections
         self._origins = origins
@@ -72,14 +81,14 @@ class Handshake:
     async def deny(self, websocket: WebSocket, refused: Refused) -> None:
         """Answers the handshake with a problem instead of a socket."""
         self._connections.failed(_FAILURES.get(refused.reason, "other"))
-        _tell(refused)
+        self._tell(refused, websocket)
         await websocket.send_denial_response(problem(refused, websocket))
 
     def refuse(self, websocket: WebSocket, refused: Refused) -> None:
         """Ends a socket that was opened with a good handshake, for a context that is not for this caller."""
-        _tell(refused)
+        self._tell(refused, websocket)
         dismiss(websocket, refused)
 
-
-def _tell(refused: Refused) -> None:
-    _log.info("chat_connection_refused", category="connection", error_code=refused.reason.code)
+    def _tell(self, refused: Refused, websocket: WebSocket) -> None:
+        _log.info("chat_connection_refused", error_code=refused.reason.code)
+        security.notice(refused, websocket, self._metrics)

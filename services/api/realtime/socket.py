@@ -15,6 +15,7 @@ from libs.guardrails import Claim, Operation, Reason, Refused, SessionContext
 from libs.guardrails import operations as op
 from libs.observability.context import bind, correlation_id, new_correlation_id, note
 from libs.observability.tracing import span
+from services.api import security
 from services.api.chat.schemas import MessageOut
 from services.api.errors import STATUS, document, refusal
 from services.api.realtime import frames
@@ -56,7 +57,7 @@ class Socket:
         async with self._runtime.begin() as tx:
             context = await self._open(tx, op.Join)
             conversation_id = await conversations.enter(tx, context)
-        note(session_id=context.session.id if context.session else None)
+        note(connection_id=self._correlation_id, session_id=context.session.id if context.session else None)
         return conversation_id
 
     async def follow(self, conversation_id: int) -> None:
@@ -117,6 +118,7 @@ class Socket:
                 refused = refusal(error)
                 await self._runtime.recorder.room()
                 self._runtime.metrics.counter("chat_message_errors_total", _ERRORS.get(refused.reason, "blocked")).inc()
+                security.notice(refused, self._websocket, self._runtime.metrics)
                 refuse(self._websocket, refused, frames.client_message_id_of(frame))
                 if refused.reason is Reason.UNAUTHENTICATED:
                     self._wire.end(SIGNED_OUT)
