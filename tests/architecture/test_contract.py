@@ -306,7 +306,8 @@ ALERTS = {
     "high": "AppointmentsNeedAttention FlagTripped HighErrorRate OutboxDead WebhookDeliveriesFailing MemoryNearLimit",
     "warning": "AppointmentsDueBacklog AppointmentConversionFailureRate ChatBlockedRatio GuardDecisionsDropped"
     " HighResponseTime EventLoopLag AuthFailures ChatConnectionSuccessLow WebhookDestinationForbidden DoorbellFailures"
-    " AuditNotRunning LogLinesDropped SLOErrorBudgetBurn",
+    " AuditNotRunning LogLinesDropped SuspiciousAddress PrivilegeAttempts SLOErrorBudgetBurn",
+    "info": "LogLinesNotStored",
 }
 OBJECTIVES_OF_SERVICE = "availability booking sessions_on_time"
 ROUTES = {

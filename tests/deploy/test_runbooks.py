@@ -15,6 +15,7 @@ from deploy.generate.__main__ import ROOT
 from deploy.generate.alerts import ALERTS
 from deploy.generate.objectives import OBJECTIVES
 from libs.domain.catalogue import CATALOGUE
+from libs.domain.log_events import LOG_EVENTS
 from libs.observability.catalogue import OWN
 from services.api.settings import ApiSettings
 from services.cli.main import COMMANDS
@@ -103,7 +104,8 @@ def options_of(command: Any) -> set[str]:
 def test_every_command_of_a_runbook_can_be_typed_as_it_stands(page: Path) -> None:
     for words in commands(page.read_text()):
         command, arguments = command_of(words)
-        command.make_context(" ".join(words), list(arguments))
+        context = command.make_context(" ".join(words), list(arguments))
+        assert context.params.get("event") in {None, *LOG_EVENTS}
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)

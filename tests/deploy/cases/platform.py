@@ -89,6 +89,15 @@ PLATFORM: Final[tuple[Case, ...]] = (
     ),
     Quiet("LogLinesDropped", {'obs_log_lines_dropped_total{level="routine",job="api"}': "5+0x20"}, after=20),
     Firing(
+        "LogLinesNotStored",
+        {'log_lines_not_stored_total{level="urgent",job="api"}': "0 0 0 0 0 0 0 0 0 0 5 5"},
+        after=11,
+        says="Lines that api could not store: 5.",
+        value="5",
+        labels=(("job", "api"),),
+    ),
+    Quiet("LogLinesNotStored", {'log_lines_not_stored_total{level="routine",job="api"}': "0+5x20"}, after=20),
+    Firing(
         "AlertDeliveryFailing",
         {'alertmanager_notifications_failed_total{integration="webhook"}': "0 0 0 0 0 0 0 0 0 0 2 2"},
         after=11,

@@ -72,6 +72,23 @@ REQUESTS_AND_CHAT: Final[tuple[Case, ...]] = (
     ),
     Quiet("AuthFailures", {'auth_failures_total{reason="expired"}': "0+10x10"}, after=10),
     Firing(
+        "SuspiciousAddress",
+        {'security_events_total{kind="suspicious_ip"}': "0 0 0 0 0 0 1 2 3"},
+        after=8,
+        says="For several minutes an address had more than ten requests refused in each.",
+        value="3",
+    ),
+    Quiet("SuspiciousAddress", {'security_events_total{kind="suspicious_ip"}': "0 0 0 0 0 0 1 1 1"}, after=8),
+    Quiet("SuspiciousAddress", {'security_events_total{kind="rate_limit"}': "0+9x20"}, after=20),
+    Firing(
+        "PrivilegeAttempts",
+        {'security_events_total{kind="privilege"}': "0+11x20"},
+        after=6,
+        says="55 requests within five minutes asked for more than a role allows.",
+        value="55",
+    ),
+    Quiet("PrivilegeAttempts", {'security_events_total{kind="privilege"}': "0+10x20"}, after=20),
+    Firing(
         "ChatConnectionSuccessLow",
         {
             "chat_connections_opened_total": "0+94x20",

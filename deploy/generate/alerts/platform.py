@@ -1,0 +1,106 @@
+"""Processes, the database, and what watches both."""
+
+from typing import Final
+
+from libs.observability.rules import Alert
+
+PLATFORM: Final = (
+    Alert(
+        name="TargetDown",
+        expr="up == 0",
+        lasting="2m",
+        severity="critical",
+        component="process",
+        metric="up",
+        summary="A process does not answer",
+        description="{{ $labels.job }} at {{ $labels.instance }} tells no metrics.",
+        runbook="docs/runbooks/target-down.md",
+    ),
+    Alert(
+        name="ApiMissing",
+        # Where targets are discovered, one that has gone is none that is down.
+        expr='(count(build_info{service="sessiongate-api"}) or vector(0)) == 0',
+        lasting="2m",
+        severity="critical",
+        component="process",
+        metric="build_info",
+        summary="There is no API",
+        description="Prometheus knows of no API at all.",
+        runbook="docs/runbooks/target-down.md",
+    ),
+    Alert(
+        name="MemoryNearLimit",
+        expr="process_resident_memory_bytes / process_memory_limit_bytes > 0.9",
+        lasting="10m",
+        severity="high",
+        component="process",
+        metric="process_resident_memory_bytes",
+        summary="A process may be killed for want of memory",
+        description="{{ $labels.instance }} uses {{ $value | humanizePercentage }} of its memory.",
+        runbook="docs/runbooks/target-down.md",
+    ),
+    Alert(
+        name="DbSaturation",
+        expr="db_connections_in_use / db_connections_max > 0.8",
+        lasting="10m",
+        severity="critical",
+        component="database",
+        metric="db_connections_in_use",
+        summary="Database connections run out",
+        description="{{ $value | humanizePercentage }} of the connections of {{ $labels.instance }} are in use.",
+        runbook="docs/runbooks/database.md",
+    ),
+    Alert(
+        name="AuditViolations",
+        expr="max by (invariant) (audit_violations) > 0",
+        severity="critical",
+        component="audit",
+        metric="audit_violations",
+        summary="Rows violate what must always be true",
+        description="Rows that violate {{ $labels.invariant }}: {{ $value }}.",
+        runbook="docs/runbooks/audit.md",
+    ),
+    Alert(
+        name="AuditNotRunning",
+        expr="time() - max(audit_last_run_timestamp_seconds) > 3600",
+        lasting="30m",
+        severity="warning",
+        component="audit",
+        metric="audit_last_run_timestamp_seconds",
+        summary="Nobody audits the database",
+        description="The last audit ended more than an hour ago, or there was none.",
+        runbook="docs/runbooks/audit.md",
+    ),
+    Alert(
+        name="LogLinesDropped",
+        expr="sum by (level, job) (increase(obs_log_lines_dropped_total[10m])) > 0",
+        severity="warning",
+        component="telemetry",
+        metric="obs_log_lines_dropped_total",
+        summary="Log lines are lost",
+        description='Lines ({{ $labels.level }}) that {{ $labels.job }} has lost: {{ $value | printf "%.0f" }}.',
+        runbook="docs/runbooks/lost-records.md",
+    ),
+    Alert(
+        name="LogLinesNotStored",
+        # Of the others there may be more than are meant to be searched.
+        expr='sum by (job) (increase(log_lines_not_stored_total{level="urgent"}[10m])) > 0',
+        severity="info",
+        component="telemetry",
+        metric="log_lines_not_stored_total",
+        summary="Warnings and errors are in the log, but cannot be searched",
+        description='Lines that {{ $labels.job }} could not store: {{ $value | printf "%.0f" }}.',
+        runbook="docs/runbooks/lost-records.md",
+    ),
+    Alert(
+        name="AlertDeliveryFailing",
+        expr="sum by (integration) (increase(alertmanager_notifications_failed_total[10m])) > 0",
+        # Both receivers are told: one of them is likely to be well.
+        severity="critical",
+        component="telemetry",
+        metric="alertmanager_notifications_failed_total",
+        summary="Alerts do not reach their receivers",
+        description='Attempts to tell a {{ $labels.integration }} that have failed: {{ $value | printf "%.0f" }}.',
+        runbook="docs/runbooks/alert-delivery.md",
+    ),
+)
