@@ -70,17 +70,20 @@ async def test_a_worker_that_dies_is_told_to_whoever_is_on_call_and_kept_by_the_
         alerts = [alert for payload in payloads for alert in payload["alerts"] if alert["status"] == status]
         return [alert for alert in alerts if alert["labels"].get("job") == "sessiongate-worker"]
 
+    async def is_over() -> bool:
+        # A scrape that was slow may have been told of before: alerts wait for nothing here.
+        return firing["id"] in [item["id"] for item in await kept("resolved")]
+
     await stack.worker.kill()
     (firing,) = await until(lambda: kept("firing"))
     page = await until(lambda: told("firing"))
     stack.worker = await stack.start_worker()
-    (resolved,) = await until(lambda: kept("resolved"))
+    await until(is_over)
     await until(lambda: told("resolved"))
 
     assert (firing["name"], firing["component"], firing["metric"]) == ("TargetDown", "process", "up")
     assert (firing["value"], firing["threshold"]) == (0, 0)
     assert firing["annotations"]["runbook"] == "docs/runbooks/target-down.md"
-    assert resolved["id"] == firing["id"]
     assert page[0]["annotations"] == firing["annotations"]
     assert {received.headers["authorization"] for received in stack.oncall.got} == {
         "Bearer a token of whoever is on call"
