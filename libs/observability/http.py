@@ -9,7 +9,7 @@ from opentelemetry import trace
 from libs.observability.context import CORRELATION_ID, accept_correlation_id, bind, client_family
 from libs.observability.logging import get_logger
 from libs.observability.registry import Metrics
-from libs.observability.tracing import sampled_trace_id, served
+from libs.observability.tracing import exemplar, served
 
 _log: Final = get_logger("http", "infra")
 
@@ -119,9 +119,8 @@ class HttpTelemetry:
         route, method = self._route_of(scope), scope["method"]
         label = method if method in _METHODS else "OTHER"
         _describe(route, label, status)
-        trace_id = sampled_trace_id()
         duration = self._metrics.histogram("http_request_duration_seconds", route, label, str(status))
-        duration.observe(took, {"trace_id": trace_id} if trace_id else None)
+        duration.observe(took, exemplar())
         if route in self._quiet and status < 500:
             return
         latency_ms = round(took * 1000, 2)

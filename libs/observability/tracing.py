@@ -292,10 +292,12 @@ def is_sampled(carrier: Mapping[str, str]) -> bool:
     return _span_of(carrier).get_span_context().trace_flags.sampled
 
 
-def sampled_trace_id() -> str | None:
-    """The id of the current trace if it is kept in any case: what an exemplar may point to."""
-    context = trace.get_current_span().get_span_context()
-    return f"{context.trace_id:032x}" if context.is_valid and context.trace_flags.sampled else None
+def exemplar(carrier: Mapping[str, str] | None = None) -> dict[str, str] | None:
+    """What leads from an observation to a trace, the current one or that of a carrier; None unless it is kept in any
+    case."""
+    within = trace.get_current_span() if carrier is None else _span_of(carrier)
+    context = within.get_span_context()
+    return {"trace_id": f"{context.trace_id:032x}"} if context.is_valid and context.trace_flags.sampled else None
 
 
 @contextmanager

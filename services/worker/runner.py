@@ -20,7 +20,7 @@ from libs.domain.jobs import JOBS, Job
 from libs.domain.telemetry import logger
 from libs.observability.context import continued
 from libs.observability.registry import Metrics
-from libs.observability.tracing import span
+from libs.observability.tracing import exemplar, span
 
 _log: Final = logger("worker")
 
@@ -52,7 +52,7 @@ def functions(handlers: Handlers, metrics: Metrics) -> list[Function]:
                     result = "ok"
                 finally:
                     took = time.perf_counter() - began
-                    metrics.histogram("job_duration_seconds", job.name, result).observe(took)
+                    metrics.histogram("job_duration_seconds", job.name, result).observe(took, exemplar())
                     _log.info("job_finished", task=job.name, result=result, duration_ms=round(took * 1000, 2))
 
         # arq's own type knows positional arguments only.

@@ -31,11 +31,20 @@ async def test_every_other_name_of_a_metric_is_answered(prometheus: Prometheus, 
     assert await until(lambda: prometheus.query(name))
 
 
-async def test_a_slow_request_leads_to_its_trace(prometheus: Prometheus) -> None:
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "http_request_duration_seconds",
+        "scheduling_book_duration_seconds",
+        "booking_post_own_duration_seconds",
+        "chat_message_processing_duration_seconds",
+        "appointment_start_delay_seconds",
+        "settlement_duration_seconds",
+    ],
+)
+async def test_what_is_slow_leads_to_its_trace(prometheus: Prometheus, metric: str) -> None:
     async def exemplars() -> list[str]:
-        found = await prometheus.get(
-            "query_exemplars", query="http_request_duration_seconds_bucket", start="0", end="9e9"
-        )
+        found = await prometheus.get("query_exemplars", query=f"{metric}_bucket", start="0", end="9e9")
         return [each["labels"]["trace_id"] for series in found for each in series["exemplars"]]
 
     assert all(len(trace_id) == 32 for trace_id in await until(exemplars))

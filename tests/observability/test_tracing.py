@@ -22,9 +22,9 @@ from libs.observability.tracing import (
     QUEUE_SPANS,
     SHUTDOWN_SECONDS,
     Tracing,
+    exemplar,
     is_sampled,
     record_span,
-    sampled_trace_id,
     span,
     tracer_provider,
 )
@@ -49,7 +49,7 @@ def test_without_a_collector_nothing_is_recorded_but_ids_exist(configure: Config
         assert not current.is_recording()
         assert current.get_span_context().is_valid
         assert not is_sampled(carrier())
-        assert sampled_trace_id() is None
+        assert exemplar() is None
         outer = carrier()["traceparent"]
         with span("more"):
             assert carrier()["traceparent"][:35] == outer[:35]
@@ -159,8 +159,8 @@ def test_only_kept_traces_are_exported_and_those_whole(configure: Configure, rec
     expected = set()
     for _ in range(50):
         with span("outer", root=True), span("inner"):
-            if trace_id := sampled_trace_id():
-                expected.add(trace_id)
+            if found := exemplar():
+                expected.add(found["trace_id"])
     configured.shutdown()
     for name in ("outer", "inner"):
         assert {arrived.trace_id.hex() for arrived in receiver.spans(name)} == expected
@@ -314,10 +314,13 @@ def test_the_flags_of_a_trace_are_bits(flags: str, sampled: bool) -> None:
 
 def test_an_exemplar_points_to_kept_traces_alone(configure: Configure, receiver: OtlpReceiver) -> None:
     configure(EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG="0.5")
-    assert sampled_trace_id() is None
-    for trace_id, expected in ((2**63 - 1, f"{2**63 - 1:032x}"), (2**63, None)):
+    assert exemplar() is None
+    for trace_id, expected in ((2**63 - 1, {"trace_id": f"{2**63 - 1:032x}"}), (2**63, None)):
         with span("work", parent=traceparent(trace_id)):
-            assert sampled_trace_id() == expected
+            assert exemplar() == expected
+    assert exemplar(traceparent(0xA1, "01")) == {"trace_id": f"{0xA1:032x}"}
+    assert exemplar(traceparent(0xA1, "00")) is None
+    assert exemplar({}) is None
 
 
 def test_what_is_left_is_exported_at_the_end(kept: Tracing, receiver: OtlpReceiver) -> None:

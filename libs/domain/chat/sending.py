@@ -26,6 +26,7 @@ from libs.domain.transaction import Bell, transaction
 from libs.guardrails import AppointmentRef, Claim, Facts, Guard, Reason, Refused, SessionContext, SessionRef
 from libs.guardrails.operations import ReplyToMessage, SendMessage
 from libs.observability.registry import Metrics
+from libs.observability.tracing import exemplar
 
 _log: Final = logger("chat")
 
@@ -99,7 +100,7 @@ class Chat:
         else:
             self._bell.changed(sent.message.conversation_id)
             self._received.inc()
-            self._duration.observe(time.perf_counter() - began)
+            self._duration.observe(time.perf_counter() - began, exemplar())
         return sent
 
     async def _send_by_session(self, claim: Claim[Sending], session: SessionRef, new: NewMessage, began: float) -> Sent:

@@ -10,7 +10,7 @@ from libs.domain.conversion.runs import SOURCE, Outcome, Run, Task
 from libs.domain.telemetry import logger
 from libs.observability.context import carrier
 from libs.observability.registry import Metrics
-from libs.observability.tracing import record_span
+from libs.observability.tracing import exemplar, record_span
 
 _log: Final = logger("conversion")
 
@@ -51,7 +51,7 @@ class Reporter:
                 delay = self._metrics.histogram("appointment_start_delay_seconds")
                 for outcome in outcomes:
                     if outcome.result == "created" and outcome.delay is not None:
-                        delay.observe(outcome.delay)
+                        delay.observe(outcome.delay, exemplar(outcome.carrier))
 
     def finished(self, run: Run, *, dry_run: bool = False) -> None:
         _log.info(_RUN_EVENT[run.task], **run.fields(), dry_run=dry_run)

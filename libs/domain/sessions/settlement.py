@@ -25,7 +25,7 @@ from libs.domain.transaction import Transaction
 from libs.guardrails import SessionStatus
 from libs.observability.context import carrier
 from libs.observability.registry import Metrics
-from libs.observability.tracing import span
+from libs.observability.tracing import exemplar, span
 
 _log: Final = logger("sessions")
 _billing_log: Final = logger("billing")
@@ -232,7 +232,7 @@ class Settlement:
 
     def _tell(self, rows: Any, ending: Ending | None, seconds: float) -> None:
         metrics = self._metrics
-        metrics.histogram("settlement_duration_seconds").observe(seconds)
+        metrics.histogram("settlement_duration_seconds").observe(seconds, exemplar())
         for row in rows:
             if row.added:
                 count(metrics, row.modality, row.added, row.payouts)

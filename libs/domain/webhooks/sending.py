@@ -25,7 +25,7 @@ from libs.domain.webhooks.destinations import (
     literal,
     port_of,
 )
-from libs.observability.tracing import span
+from libs.observability.tracing import exemplar, span
 
 _log: Final = logger("webhooks")
 
@@ -97,7 +97,7 @@ class Webhooks:
         finally:
             metrics = self._runtime.metrics
             metrics.counter("webhook_deliveries_total", result).inc()
-            metrics.histogram("webhook_delivery_duration_seconds").observe(time.perf_counter() - began)
+            metrics.histogram("webhook_delivery_duration_seconds").observe(time.perf_counter() - began, exemplar())
         if result == "gone":
             await self._disable(event.tenant_id, endpoint_id)
         if result != "delivered":

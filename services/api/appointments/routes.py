@@ -7,7 +7,7 @@ from fastapi import Request
 from libs.domain.appointments import appointments
 from libs.domain.appointments.transitions import Status
 from libs.guardrails import Permission, Principal, Reason, Refused, Role
-from libs.observability.tracing import span
+from libs.observability.tracing import exemplar, span
 from services.api.appointments.schemas import (
     AppointmentOut,
     BookAppointment,
@@ -54,9 +54,9 @@ async def book_appointment(
             raise
         finally:
             took = time.perf_counter() - began
-            metrics.histogram("scheduling_book_duration_seconds").observe(took)
+            metrics.histogram("scheduling_book_duration_seconds").observe(took, exemplar())
             # Nobody else is asked while booking, so all of it is our own time.
-            metrics.histogram("booking_post_own_duration_seconds").observe(took)
+            metrics.histogram("booking_post_own_duration_seconds").observe(took, exemplar())
     return AppointmentOut.model_validate(booked)
 
 
