@@ -15,7 +15,7 @@ from tests.clinic import Clinic
 from tests.conftest import MakeApi, Urls
 from tests.processes import PATIENCE_SECONDS, until
 from tests.running import Api, running_api
-from tests.sockets import following
+from tests.sockets import following, opened
 
 ID = "550e8400-e29b-41d4-a716-446655440000"
 CHOSEN = "f" * 16 + "1" * 16
@@ -149,7 +149,10 @@ async def test_each_frame_is_a_trace_of_its_own_and_an_error_keeps_it(
     async def failed() -> list[Span]:
         return [span for span in collector.spans("chat.frame") if span.status.code == 2]
 
+    async with opened(traced, session.doctor, session.context, headers=continuing(CHOSEN)) as doctor:
+        await doctor.receive()
     (broken,) = await until(failed)
+    assert [span for span in collector.spans() if span.kind == Span.SPAN_KIND_SERVER] == []
     frames = collector.spans("chat.frame")
     assert len({frame.trace_id for frame in frames}) == len(frames) > 1
     assert {frame.parent_span_id for frame in frames} == {b""}

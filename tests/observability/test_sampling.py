@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import pytest
-from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode, get_current_span
+from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode, get_current_span, use_span
 
 from libs.observability import sampling
 from libs.observability.context import carrier
@@ -206,16 +206,25 @@ def test_traces_that_never_end_make_room_for_others(
 ) -> None:
     monkeypatch.setattr(sampling, "OPEN_TRACES", 10)
     tracer = tracer_provider().get_tracer("test")
-    forgotten = [tracer.start_span(f"forgotten {number}") for number in range(15)]
-    record_span("within", parent=traceparent(forgotten[14].get_span_context().trace_id), start_ns=1, end_ns=2)
+    forgotten = []
+    for _ in range(15):
+        with use_span(tracer.start_span("forgotten")) as begun:
+            forgotten.append(begun)
+            with span("before"):
+                pass
+            late = tracer.start_span("late")
+        if len(forgotten) == 1:
+            of_the_first = late
     assert tail_of(tailed).sizes() == (10, 0)
+    assert metrics.sample("obs_spans_dropped_total", reason="evicted") == 5
+    of_the_first.end()
+    assert metrics.sample("obs_spans_dropped_total", reason="truncated") == 1
     for each in forgotten:
         each.set_status(StatusCode.ERROR)
         each.end()
     tailed.shutdown()
-    assert len(receiver.spans()) == 16
-    assert tail_of(tailed).sizes() == (0, 0)
-    assert metrics.sample("obs_spans_dropped_total", reason="evicted") == 0
+    # Those that were given up have nothing left but what failed.
+    assert Counter(names(receiver)) == {"forgotten": 15, "before": 10}
 
 
 def test_threads_may_have_their_parts_in_one_trace(tailed: Tracing, receiver: OtlpReceiver) -> None:
@@ -268,6 +277,9 @@ def test_a_span_keeps_to_what_opentelemetry_promises(tailed: Tracing, receiver: 
     fine.set_status(StatusCode.OK)
     fine.set_status(StatusCode.ERROR)
     fine.end()
+    with tracer.start_as_current_span("bad") as bad:
+        bad.set_status(StatusCode.ERROR, "no")
+        bad.set_status(StatusCode.UNSET)
     for ended in (work, fine):
         ended.set_attribute("late", True)
         ended.set_attributes({"late": True})
@@ -278,9 +290,11 @@ def test_a_span_keeps_to_what_opentelemetry_promises(tailed: Tracing, receiver: 
         ended.end(1)
         assert not ended.is_recording()
     tailed.shutdown()
-    (renamed,) = receiver.spans()
+    (renamed,), (unwell,) = receiver.spans("renamed"), receiver.spans("bad")
+    assert (unwell.status.code, unwell.status.message) == (2, "no")
+    assert len(receiver.spans()) == 2
     assert attributes(renamed) == {"one": 1, "two": 2, "three": 3}
-    assert (renamed.name, renamed.status.code, renamed.status.message) == ("renamed", 2, "LookupError: ")
+    assert (renamed.status.code, renamed.status.message) == (2, "LookupError: ")
     assert [event.name for event in renamed.events] == ["seen", "exception"]
     assert renamed.events[0].time_unix_nano == 17
     assert renamed.end_time_unix_nano >= renamed.start_time_unix_nano
@@ -293,6 +307,14 @@ def test_without_a_collector_nothing_is_remembered(configure: Configure) -> None
     with pytest.raises(ValueError), span("work"):
         raise ValueError
     assert record_span("over", parent=None, start_ns=1, end_ns=2) == {}
+
+
+def test_what_is_chosen_takes_no_room_once_it_is_over(kept: Tracing) -> None:
+    for _ in range(3):
+        with span("work", root=True), span("more"):
+            pass
+    assert tail_of(kept).sizes() == (0, 0)
+    assert tail_of(kept)._remembered == 0
 
 
 class Air:
@@ -403,6 +425,18 @@ async def test_a_bus_that_fails_loses_the_other_side_and_nothing_else(
 
     await until(told)
     assert (here.exported, there.exported) == (["kept", "kept"], ["found"])
+
+
+def test_an_error_after_the_end_of_the_loop_is_kept_here() -> None:
+    process = Process()
+
+    async def live() -> None:
+        async with KeepBus(process.tail, Air()).sharing():
+            pass
+
+    asyncio.run(live())
+    process.trace(1, "late", fails=True)
+    assert process.exported == ["late"]
 
 
 async def test_a_message_that_is_none_is_harmless(air: Air, pair: tuple[Process, Process]) -> None:
