@@ -16,8 +16,9 @@ ALIASES = sorted({rule.record for rule in generated.RULES["aliases"][0].rules if
 
 
 async def test_both_processes_are_scraped(prometheus: Prometheus) -> None:
-    up = {each["metric"]["job"]: each["value"][1] for each in await prometheus.query("up")}
-    assert up == dict.fromkeys(("sessiongate-api", "sessiongate-worker", "prometheus", "alertmanager"), "1")
+    up = await until(lambda: prometheus.query("max_over_time(up[1m]) == 1"))
+    jobs = sorted(each["metric"]["job"] for each in up)
+    assert jobs == ["alertmanager", "prometheus", "sessiongate-api", "sessiongate-worker"]
 
 
 async def test_every_rule_is_evaluated_without_an_error(prometheus: Prometheus) -> None:
