@@ -16,8 +16,9 @@ ALIASES = sorted({rule.record for rule in generated.RULES["aliases"][0].rules if
 
 
 async def test_both_processes_are_scraped(prometheus: Prometheus) -> None:
-    up = {each["metric"]["job"]: each["value"][1] for each in await prometheus.query("up")}
-    assert up == dict.fromkeys(("sessiongate-api", "sessiongate-worker", "prometheus", "alertmanager"), "1")
+    up = await until(lambda: prometheus.query("max_over_time(up[1m]) == 1"))
+    jobs = sorted(each["metric"]["job"] for each in up)
+    assert jobs == ["alertmanager", "prometheus", "sessiongate-api", "sessiongate-worker"]
 
 
 async def test_every_rule_is_evaluated_without_an_error(prometheus: Prometheus) -> None:
@@ -75,14 +76,18 @@ async def test_a_worker_that_dies_is_told_to_whoever_is_on_call_and_kept_by_the_
         return [item for item in page["items"] if item["labels"].get("job") == "sessiongate-worker"]
 
     async def told(status: str) -> list[Any]:
-        payloads = [received.told for received in stack.oncall.at("/alerts")]
+        payloads = [received.told for received in stack.oncall.got[before:]]
         alerts = [alert for payload in payloads for alert in payload["alerts"] if alert["status"] == status]
         return [alert for alert in alerts if alert["labels"].get("job") == "sessiongate-worker"]
 
-    async def is_over() -> bool:
-        # A scrape that was slow may have been told of before: alerts wait for nothing here.
-        return firing["id"] in [item["id"] for item in await kept("resolved")]
+    async def is_well() -> bool:
+        return not await kept("firing")
 
+    async def is_over() -> bool:
+        return firing["id"] in {item["id"] for item in await kept("resolved")}
+
+    await until(is_well)  # it was down before it was started
+    before = len(stack.oncall.got)
     await stack.worker.kill()
     (firing,) = await until(lambda: kept("firing"))
     page = await until(lambda: told("firing"))
