@@ -1,5 +1,6 @@
 """A conversation over sockets: what happens is told to all who follow it, once and in order."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from tests.api.expect import found
 from tests.clinic import MINUTE, Clinic
 from tests.clock import Clock
 from tests.conftest import MakeApi
+from tests.log_lines import lines_of
+from tests.processes import until
 from tests.running import Api
 from tests.sockets import Socket, following, opened
 
@@ -328,3 +331,28 @@ async def test_an_appointment_that_is_cancelled_closes_its_sockets_at_the_next_f
         await socket.send(type="message", **message(1))
         assert (await socket.next("refused"))["code"] == "SESSION_NOT_ACTIVE"
         assert await socket.close_code() == 4409
+
+
+async def test_each_frame_is_a_line_of_work_of_its_own_that_its_socket_caused(
+    make_api: MakeApi, clinic: Clinic, tmp_path: Path
+) -> None:
+    log = tmp_path / "api.jsonl"
+    api = await make_api(log_file=log)
+    session = await clinic.session()
+    async with following(api, session.patient, session.context) as patient:
+        assert patient.connection.response is not None
+        of_the_socket = patient.connection.response.headers["X-Correlation-ID"]
+        for number in range(2):
+            await patient.send(type="message", **message(number))
+            await patient.next("ack")
+
+    async def closed() -> list[dict[str, Any]]:
+        written = lines_of(log)
+        return written if any(line["event"] == "chat_connection_closed" for line in written) else []
+
+    lines = [line for line in await until(closed) if line.get("connection_id") == of_the_socket]
+    stored = [line for line in lines if line["event"] == "chat_message_stored"]
+    assert {line["causation_id"] for line in stored} == {of_the_socket}
+    assert len({of_the_socket, *(line["correlation_id"] for line in stored)}) == 3
+    around = {line["event"]: line["correlation_id"] for line in lines if line["component"] == "realtime"}
+    assert around == dict.fromkeys(("chat_connection_opened", "chat_connection_closed"), of_the_socket)

@@ -12,7 +12,7 @@ from libs.domain.tables import log_lines
 from libs.observability.events import SEVERITY, Level
 
 PRUNED_AT_ONCE: Final = 20_000
-"""At most so many lines are forgotten by one statement."""
+"""So many lines of a kind are forgotten by one statement, at most."""
 
 Moment = datetime | timedelta
 """A moment, or how long ago it was."""
@@ -94,6 +94,9 @@ def _moment(moment: Moment) -> Any:
 
 async def prune(database: Database, *, hours: int, lines: int) -> None:
     """Forgets what is older than so many hours, and all but the newest so many lines of those below WARNING and of
-    the others; a bounded number of rows at a time."""
-    async with database.autocommit() as connection:
-        await connection.execute(_PRUNE, timedelta(hours=hours), lines, PRUNED_AT_ONCE)
+    the others, one bounded statement after the other."""
+    deleted = PRUNED_AT_ONCE
+    while deleted >= PRUNED_AT_ONCE:
+        async with database.autocommit() as connection:
+            status = await connection.execute(_PRUNE, timedelta(hours=hours), lines, PRUNED_AT_ONCE)
+        deleted = int(status.removeprefix("DELETE "))

@@ -67,7 +67,7 @@ class Line(NamedTuple):
     line: str
 
 
-class Sink:
+class LogSink:
     """The lines of one process on their way to the database."""
 
     def __init__(self, database: Database, metrics: Metrics) -> None:
@@ -162,7 +162,7 @@ class Sink:
 async def searchable(logging: Logging, settings: Settings, database: Database, metrics: Metrics) -> AsyncIterator[None]:
     """Has what is logged stored for the length of the block, if that is wanted at all."""
     if settings.log_search_hours:
-        async with Sink(database, metrics).storing(logging):
+        async with LogSink(database, metrics).storing(logging):
             yield
     else:
         yield
