@@ -102,9 +102,8 @@ async def test_every_delivery_that_fails_keeps_its_trace_with_the_spans_of_both_
 ) -> None:
     appointments = [await requested(clinic) for _ in range(REQUESTS)]
     async with receiving() as receiver:
-        hook = f"{receiver.url}/hook"
         endpoint_id, _ = await register(
-            clinic.database, clinic.operator, f"{hook}?key=swordfish", "appointment_confirmed"
+            clinic.database, clinic.operator, f"{receiver.url}/hook?key=swordfish", "appointment_confirmed"
         )
         receiver.answers["/hook?key=swordfish"] = [*([204] * 7 + [500]) * FAILING, 204]
         for appointment_id, doctor in appointments:
@@ -134,7 +133,7 @@ async def test_every_delivery_that_fails_keeps_its_trace_with_the_spans_of_both_
         errors = {span.name for span in traces[trace_id] if span.status.code == Status.STATUS_CODE_ERROR}
         assert errors == {"outbox.dispatch", "webhook.deliver", "POST"}
         (call,) = [attributes(span) for span in traces[trace_id] if span.name == "POST"]
-        assert (call["url.full"], call["http.response.status_code"]) == (hook, 500)
+        assert (call["url.full"], call["http.response.status_code"]) == (f"{receiver.url}/[redacted]", 500)
     # Of the others there is the usual tenth, and a retry or two that came soon and failed again.
     for trace_id in traces.keys() - failing:
         links = {link.trace_id.hex() for span in traces[trace_id] for link in span.links}
@@ -172,7 +171,6 @@ async def test_an_error_of_the_api_keeps_what_the_worker_did_in_the_same_trace(
     described = attributes(served)
     assert described["http.route"] == "/api/v1/notifications"
     assert (described["http.request.method"], described["http.response.status_code"]) == ("GET", 500)
-    assert described["url.path"] == "/api/v1/notifications"
     assert await processes.worker.sample("obs_traces_kept_total", reason="remote") == 1
     samples = await processes.api.samples()
     assert samples["obs_traces_kept_total", "error"] == 1

@@ -1,8 +1,9 @@
 """A span for each statement, within the trace of whoever sends it.
 
-asyncpg's own instrumentation describes each statement at length, all of its text included, for 40 µs apiece, several
-times what these cost; SQLAlchemy's has yet to learn its present version. Both ways to the database are covered, and no
-statement is by both: SQLAlchemy prepares what it runs, and asyncpg's log of queries is of all others.
+asyncpg's own instrumentation describes each statement at length, all of its text included, for 40 µs apiece: these
+cost a fifth of that on bare connections, and half of it through SQLAlchemy, whose instrumentation has yet to learn its
+present version. Both ways to the database are covered, and no statement is by both: SQLAlchemy prepares what it runs,
+and asyncpg's log of queries is of all others.
 """
 
 import re

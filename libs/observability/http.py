@@ -58,7 +58,7 @@ class RequestTracing:
             name.decode(): value.decode("latin-1") for name, value in reversed(scope["headers"]) if name in _ORIGIN
         }
         recorded = scope["type"] == "http" and path not in self._untraced
-        with served(scope.get("method", "GET"), headers, recorded=recorded, **{"url.path": path}):
+        with served(scope.get("method", "GET"), headers, recorded=recorded):
             await self._app(scope, receive, send)
 
 

@@ -262,7 +262,7 @@ def record_step(
 
 
 @contextmanager
-def served(name: str, headers: Mapping[str, str], *, recorded: bool, **attributes: Any) -> Iterator[None]:
+def served(name: str, headers: Mapping[str, str], *, recorded: bool) -> Iterator[None]:
     """The span of a request around the block: in the trace that `headers` continue, or in a new one.
 
     Instrumentation describes a request at length. That is left to it where the trace is chosen to be kept; in all
@@ -280,7 +280,7 @@ def served(name: str, headers: Mapping[str, str], *, recorded: bool, **attribute
         if recorded and provider.chooses(trace_id):
             yield
         else:
-            begun = provider.begin(name, _SCOPE, within, SpanKind.SERVER, attributes, (), recorded=recorded)
+            begun = provider.begin(name, _SCOPE, within, SpanKind.SERVER, {}, (), recorded=recorded)
             with suppress_http_instrumentation(), _current(begun):
                 yield
     finally:
