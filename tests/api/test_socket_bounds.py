@@ -181,6 +181,33 @@ async def test_a_user_who_is_deactivated_is_signed_out_at_the_next_frame(api: Ap
     assert await clinic.fetchval("SELECT count(*) FROM messages") == 0
 
 
+async def test_what_a_client_sends_before_it_leaves_is_stored(api: Api, clinic: Clinic) -> None:
+    session = await clinic.session()
+    async with following(api, session.patient, session.context) as patient:
+        for number in range(10):
+            await patient.send(type="message", client_message_id=str(number), body="x")
+
+    async def stored() -> bool:
+        return bool(await clinic.fetchval("SELECT count(*) FROM messages") == 10)
+
+    await until(stored)
+
+
+async def test_what_is_sent_after_the_end_is_not_looked_at(api: Api, clinic: Clinic) -> None:
+    session = await clinic.session()
+    async with following(api, session.patient, session.context) as patient:
+        await clinic.fetch("UPDATE users SET active = false WHERE id = $1", session.patient.user_id)
+        for number in range(10):
+            await patient.send(type="message", client_message_id=str(number), body="x")
+        assert await patient.close_code() == 4401
+
+    async def closed() -> bool:
+        return await counted(api, "chat_connections_active") == 0
+
+    await until(closed)
+    assert await counted(api, "chat_message_errors_total", reason="blocked") <= 1
+
+
 async def test_a_user_who_is_deactivated_is_signed_out_without_a_frame(api: Api, clinic: Clinic) -> None:
     session = await clinic.session()
     async with (

@@ -146,10 +146,10 @@ async def test_the_old_spelling_of_a_context_is_the_same_context(api: Api, clini
 async def test_a_ticket_is_good_for_half_a_minute(api: Api, clinic: Clinic, clock: Clock) -> None:
     session = await clinic.session()
     offered = [(PROTOCOL, await ticket(api, session)) for _ in range(2)]
-    await clock.advance(MINUTE / 2 - MINUTE / 60)
+    await clock.advance(MINUTE / 3)
     async with opened(api, None, session.context, subprotocols=offered[0]):
         pass
-    await clock.advance(MINUTE / 60)
+    await clock.advance(MINUTE / 6)
     assert (await denied(api, session.context, subprotocols=offered[1]))[0] == 401
 
 

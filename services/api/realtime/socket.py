@@ -78,6 +78,8 @@ class Socket:
     async def _receive(self) -> str:
         """The text of the next frame; none in one that is binary. Raises `WebSocketDisconnect`."""
         received = await self._websocket.receive()
+        if self._wire.ended:
+            raise WebSocketDisconnect(self._wire.closed_with)
         if received["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(received["code"])
         return received.get("text") or ""

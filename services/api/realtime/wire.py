@@ -32,9 +32,11 @@ def framed(text: bytes) -> bytes:
 
 
 class Wire(WebSocketsSansIOProtocol):
-    """One connection. `closed_with` is the code it was closed with, by whomever; 1006 when it just broke off."""
+    """One connection. `closed_with` is the code it was closed with, by whomever; 1006 when it just broke off. Once it
+    is `ended` from here, what is still to be received came too late."""
 
     closed_with = 1006
+    ended = False
     too_slow = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -80,6 +82,7 @@ class Wire(WebSocketsSansIOProtocol):
             self.conn.send_close(code)
         except InvalidState:
             return  # The client was first.
+        self.ended = True
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code})
         self.close_sent = True
