@@ -24,7 +24,7 @@ from libs.observability.registry import Metrics
 _log: Final = logger("alerts")
 
 KEPT_FOR: Final = timedelta(days=90)
-"""How long an alert is remembered once it is resolved."""
+"""How long an alert is remembered once it is resolved, or nobody tells it any more."""
 
 Status = Literal["firing", "resolved"]
 
@@ -96,7 +96,10 @@ _KEEP: Final = """
         resolutions = alerts.resolutions + excluded.resolutions
     RETURNING fingerprint, started_at, deliveries, resolutions
 """
-_PRUNE: Final = "DELETE FROM alerts WHERE resolved_at < clock() - $1::interval"
+_PRUNE: Final = """
+    DELETE FROM alerts
+    WHERE resolved_at < clock() - $1::interval OR (resolved_at IS NULL AND last_seen_at < clock() - $1::interval)
+"""
 
 _COLUMNS: Final = [alerts.c[name] for name in Alert.__dataclass_fields__]
 
@@ -152,7 +155,7 @@ async def listed(tx: Transaction, wanted: Wanted = EVERYTHING, *, cursor: int | 
 
 
 async def prune(database: Database) -> None:
-    """Forgets what was resolved longer than `KEPT_FOR` ago."""
+    """Forgets what was resolved, or told for the last time, longer than `KEPT_FOR` ago."""
     async with database.autocommit() as connection:
         await connection.execute(_PRUNE, KEPT_FOR)
 

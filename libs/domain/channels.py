@@ -16,6 +16,8 @@ _log: Final = logger("doorbell")
 CONNECT_SECONDS: Final = 1.0
 LONGEST_PAUSE: Final = 2.0
 """Between two attempts to reach a Redis that is away, in seconds."""
+COMPLAINT_SECONDS: Final = 60.0
+"""So often at most it is said that Redis is away."""
 SILENCE_SECONDS: Final = 10.0
 """After so much silence Redis is asked whether it is there; after twice as much it is left for a new connection."""
 
@@ -34,11 +36,14 @@ class Channel:
     async def listen(self, hear: Callable[[bytes], None]) -> None:
         """Calls `hear` with each message until cancelled, whatever becomes of Redis meanwhile."""
         async with self._redis:
+            complained_at = float("-inf")
             while True:
                 try:
                     await self._listen(hear)
                 except Exception as error:
-                    _log.warning("doorbell_lost", exception_type=type(error).__name__)
+                    if time.monotonic() - complained_at >= COMPLAINT_SECONDS:
+                        complained_at = time.monotonic()
+                        _log.warning("doorbell_lost", channel=self._name, exception_type=type(error).__name__)
                 await asyncio.sleep(random.uniform(0, LONGEST_PAUSE))  # noqa: S311 not for secrecy
 
     async def _listen(self, hear: Callable[[bytes], None]) -> None:

@@ -128,7 +128,7 @@ class Settings(DatabaseSettings):
     """Whether the beginnings of chat messages appear in the log."""
     log_unmasked_debug: bool = False
     """Whether debug lines show personal data in clear. Has no effect in production."""
-    log_search_hours: Annotated[int, Field(ge=0)] = 0
+    log_search_hours: Annotated[int, Field(ge=0, le=24 * 366)] = 0
     """How long lines of the log are kept in the database, where `sessiongate logs` finds them, in hours; 0 keeps
     none."""
     log_search_lines: Positive = 200_000

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -265,7 +266,8 @@ class _Writer:
             line = _json(event)
         sink = self.sink
         if masks and sink is not None:
-            sink(event, line)
+            with suppress(Exception):  # whatever a sink makes of it, the line has to be written
+                sink(event, line)
         return line
 
 

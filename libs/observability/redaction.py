@@ -28,6 +28,12 @@ OURS: Final = frozenset(
 )
 """Fields that only the program itself fills, with constants and ids of its own: never masked."""
 
+_IDS: Final = frozenset(
+    {"correlation_id", "causation_id", "connection_id", "event_id", "fingerprint", "stack_fingerprint"}
+)
+# Too long for a telephone number, or of the shape that only the program itself gives them.
+_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|(?:[0-9a-f]{16}){1,2}", re.IGNORECASE)
+
 _SECRET_KEY = re.compile(
     r"token|secret|passw|authorization|cookie|api_?key|private_key|signature|credential"
     r"|(^|_)(pwd|jwt|card|cvc|cvv|pin|otp)(_|$)"
@@ -47,15 +53,19 @@ _ORIGIN = re.compile(r"(?:[a-z][a-z0-9+.-]*://[^/?#]*)?", re.IGNORECASE)
 _ESCAPED_AT = re.compile(r"%(?:25)*40", re.IGNORECASE)
 _ESCAPES = re.compile(r"(?:%(?:25)*[0-9a-f]{2})+", re.IGNORECASE)
 _ESCAPED_PERCENT = re.compile(r"%(?:25)+(?=[0-9a-f]{2})", re.IGNORECASE)
-_SUSPECT = re.compile(r"[@\d]|bearer|eyJ|://|passw|secret|token|api_?key", re.IGNORECASE)
+_SUSPECT = re.compile(
+    r"[@\d]|bearer|basic|eyJ|://|passw|secret|token|api[_-]?key|cookie|whsec_|ticket\.", re.IGNORECASE
+)
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _LOCAL = r"[\w.!#$%&'*+=^`{|}~-]"
 # Possessive, and only from a boundary: the search stays linear whatever it is given.
 _EMAIL = re.compile(rf"(?P<email>(?<!{_LOCAL}){_LOCAL}++@[\w-]++(?:\.[\w-]++)*+)")
 _FREE_TEXT = re.compile(
     # Credentials, wherever they are quoted.
-    r"(?P<secret>\bbearer\s+[^\s\"']+|\b(?-i:eyJ)[\w-]+(?:\.[\w-]+)*|(?<=://)[^\s:/@]*:[^\s/]+(?=@)"
-    r"|\b\w*(?:passw(?:or)?d|secret|token|api_?key)[\"']?\s?[=:]\s?[\"']?[^\s\"'&,;]+)"
+    r"(?P<secret>\bbearer\s+[^\s\"']+|\bbasic\s+(?-i:(?=[\w+/]*[A-Z0-9=])[\w+/]{6,}=*)|\b(?-i:eyJ)[\w-]+(?:\.[\w-]+)*|(?<=://)[^\s:/@]*:[^\s/]+(?=@)"
+    r"|\b[\w-]*(?:passw(?:or)?d|secret|token|api[_-]?key)[\"']?\s?[=:]\s?[\"']?[^\s\"'&,;]+"
+    r"|\bcookie[\"']?\s?[=:]\s?[\"']?[^\s\"',;]+(?:;\s?[^\s\"',;=]+=[^\s\"',;]+)*"
+    r"|\b(?:whsec_|ticket\.)[\w+/=-]{16,})"
     # Digits that are not a phone number: UUID, moment, IPv4 address, hash or provider id.
     r"|(?P<keep>"
     r"(?<![0-9a-f])[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}(?![0-9a-f])"
@@ -103,7 +113,7 @@ class Redactor:
             self._on_masked(rule)
             return REDACTED
         if isinstance(value, str):  # first, because most are
-            return self._text(rule, value)
+            return value if key in _IDS and _ID.fullmatch(value) else self._text(rule, value)
         if isinstance(value, (int, float)):
             return self._text(rule, str(value)) if _could_be_phone(rule, value) else value
         if isinstance(value, Mapping):

@@ -141,7 +141,7 @@ def _kept(pairs: Mapping[str, str]) -> dict[str, str]:
 
 
 def _storable(text: str) -> str:
-    return text.replace("\x00", "\N{REPLACEMENT CHARACTER}")[:TEXT_KEPT]
+    return text.encode(errors="replace").decode().replace("\x00", "\N{REPLACEMENT CHARACTER}")[:TEXT_KEPT]
 
 
 def _number(text: str | None) -> float | None:

@@ -1,6 +1,7 @@
 """Refusals that may be somebody's attempt at more than they may: counted and logged as security events."""
 
 from collections import Counter
+from ipaddress import ip_network
 from time import monotonic
 from typing import Final
 
@@ -55,8 +56,20 @@ class Failures:
     def add(self, address: str | None) -> bool:
         """Whether the address is suspicious from now on; true once a minute."""
         minute = int(monotonic() // 60)
-        if minute != self._minute or len(self._counts) >= REMEMBERED_ADDRESSES:
+        if minute != self._minute:
             self._minute = minute
             self._counts.clear()
-        self._counts[address] += 1
-        return self._counts[address] == TOLERATED_FAILURES + 1
+        whose = _network_of(address)
+        if len(self._counts) >= REMEMBERED_ADDRESSES and whose not in self._counts:
+            del self._counts[next(iter(self._counts))]  # the one that came first
+        self._counts[whose] += 1
+        return self._counts[whose] == TOLERATED_FAILURES + 1
+
+
+def _network_of(address: str | None) -> str | None:
+    """Who is at an address: of IPv6 everybody has 2⁶⁴ of them."""
+    return (
+        address
+        if address is None or ":" not in address
+        else str(ip_network((address.partition("%")[0], 64), strict=False))
+    )

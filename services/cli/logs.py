@@ -113,5 +113,10 @@ def _show(lines: list[dict[str, Any]]) -> None:
         for name, value in line.items():
             if name not in EVERY_LINE:
                 shown.append(f" {name}=", "dim")
-                shown.append(value if isinstance(value, str) else json.dumps(value))
+                shown.append(_printable(value if isinstance(value, str) else json.dumps(value)))
         console.print(shown)
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -135,3 +135,23 @@ def test_addresses_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch)
     for number in range(1000):
         failures.add(f"203.0.113.{number}")
         assert len(failures._counts) <= 100
+
+
+def test_whoever_fails_most_is_not_forgotten_first_when_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(security, "REMEMBERED_ADDRESSES", 100)
+    failures = security.Failures()
+    for number in range(99):
+        failures.add(f"203.0.113.{number}")
+    suspicious = [failures.add("198.51.100.7") for _ in range(security.TOLERATED_FAILURES)]
+    for number in range(50):
+        failures.add(f"192.0.2.{number}")
+    assert suspicious == [False] * security.TOLERATED_FAILURES
+    assert failures.add("198.51.100.7")
+
+
+def test_whoever_has_many_addresses_of_ipv6_is_one() -> None:
+    failures = security.Failures()
+    told = [failures.add(f"2001:db8:1:1::{number:x}") for number in range(security.TOLERATED_FAILURES + 2)]
+    assert told.count(True) == 1
+    assert not failures.add("2001:db8:1:2::1")
+    assert not failures.add("fe80::1%lo")

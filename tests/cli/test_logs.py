@@ -64,6 +64,16 @@ def test_a_line_is_shown_as_one(known: dict[str, str], tmp_path: Path) -> None:
     assert line.endswith("error   outbox jammed number=2 reason=out of paper")
 
 
+async def test_a_line_gives_the_terminal_no_orders(clinic: Clinic, known: dict[str, str], tmp_path: Path) -> None:
+    await clinic.fetch(
+        "INSERT INTO log_lines (at, level, urgent, event, component, service, line)"
+        " SELECT at, 'critical', urgent, event, component, service,"
+        r" replace(line, 'out of paper', '\u001b]0;owned\u0007') FROM log_lines WHERE level = 'error'"
+    )
+    shown = sessiongate(tmp_path, "logs", "search", "--level", "critical", env=known)
+    assert shown.stdout.endswith("reason=\\x1b]0;owned\\x07\n")
+
+
 def test_lines_are_counted_by_level_and_event(known: dict[str, str], tmp_path: Path) -> None:
     counted = json.loads(sessiongate(tmp_path, "logs", "stats", "--json", env=known).stdout)
     assert counted == [

@@ -209,6 +209,20 @@ def test_a_value_that_cannot_be_looked_at_costs_its_line_nothing_but_the_fields(
     assert PHONE not in captured.raw()
 
 
+def test_a_sink_that_fails_costs_the_log_nothing(tmp_path: Path, metrics: Metrics, log: BoundLogger) -> None:
+    def failing(fields: object, line: bytes) -> None:
+        raise RuntimeError("no room")
+
+    path = tmp_path / "log.jsonl"
+    configured = configure_logging(LogSettings(service="test", version="0", path=path), metrics)
+    configured.tee(failing)
+    log.info("first")
+    configured.flush()
+    log.info("second")
+    configured.close()
+    assert [orjson.loads(line)["event"] for line in path.read_bytes().splitlines()] == ["first", "second"]
+
+
 def test_when_the_queue_is_full_routine_lines_give_way_first_and_losses_are_counted(
     captured: CapturedLogs, log: BoundLogger, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:

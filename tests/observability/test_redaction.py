@@ -180,8 +180,13 @@ CREDENTIALS = [
     "password=hunter2 host=db",
     "wss://h/socket?access_token=hunter2&room=7",
     '{"api_key": "hunter2"}',
+    "Basic dTpodW50ZXIy",
+    "X-Api-Key: hunter2",
+    "Set-Cookie: sid=hunter2; room=abc.DEF-123",
+    "whsec_dTpodW50ZXIydTpodW50ZXIy",
+    "ticket.dTpodW50ZXIydTpodW50ZXIy",
 ]
-PARTS = ("abc.DEF", "hunter2", "hun", "ter2", "u:p", ":p@", JWT[:20], JWT[20:40])
+PARTS = ("dTpodW", "abc.DEF", "hunter2", "hun", "ter2", "u:p", ":p@", JWT[:20], JWT[20:40])
 
 
 @pytest.mark.parametrize("secret", CREDENTIALS)
@@ -199,7 +204,7 @@ def test_no_credential_leaves_the_process() -> None:
 
 
 def test_a_word_that_merely_looks_like_a_token_stays() -> None:
-    text = "Reykjavik, heyJude.mp, a basic plan with 5 tokens"
+    text = "Reykjavik, heyJude.mp, a basic subscription with 5 tokens, a ticket.of the cookie monster"
     assert scrub_text(text) == text
 
 
@@ -333,6 +338,15 @@ def test_an_id_chosen_by_a_client_is_free_text(key: str) -> None:
     kept = "550e8400-e29b-41d4-a716-446655440000"
     if key != "caller_id":
         assert Redactor().value(key, kept) == kept
+
+
+@pytest.mark.parametrize(
+    "key", ["correlation_id", "causation_id", "connection_id", "event_id", "fingerprint", "stack_fingerprint"]
+)
+def test_an_id_may_be_of_digits_alone(key: str) -> None:
+    for chosen in ("0" * 32, "1234567890123456", "12345678-1234-1234-1234-123456789012"):
+        assert Redactor().value(key, chosen) == chosen
+    assert Redactor().value(key, "415555012345678") == "***5678"
 
 
 def test_fields_of_the_program_itself_are_left_alone() -> None:
