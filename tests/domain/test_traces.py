@@ -1,5 +1,6 @@
 """The spans of what talks to others: statements, deliveries and their retries, requests to webhooks."""
 
+import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import timedelta
 
@@ -218,3 +219,32 @@ async def test_deliveries_that_go_together_are_each_part_of_their_cause(
         assert (dispatch.name, by_id[dispatch.parent_span_id].name) == ("outbox.dispatch", "outbox.write")
         assert dispatch.start_time_unix_nano <= each.start_time_unix_nano <= each.end_time_unix_nano
         assert each.end_time_unix_nano <= dispatch.end_time_unix_nano
+
+
+async def test_each_conversion_is_a_span_of_the_trace_that_confirmed_it_and_a_failure_its_error(
+    clinic: Clinic, clock: Clock, traced: Tracing, collector: OtlpReceiver
+) -> None:
+    doctor = await clinic.doctor()
+    busy = [await clinic.appointment(doctor), await clinic.appointment(doctor)]
+    broken = await clinic.appointment(modality="hologram")
+    confirmed = {}
+    for appointment_id in (*busy, broken):
+        confirmed[appointment_id] = f"{appointment_id:032x}"
+        carried = {"traceparent": f"00-{confirmed[appointment_id]}-00000000000000aa-00"}
+        await clinic.fetch("UPDATE appointments SET carrier = $2 WHERE id = $1", appointment_id, json.dumps(carried))
+    for _ in range(2):
+        await clinic.convert()
+        await clock.advance(timedelta(minutes=2))
+
+    spans = [each for each in exported(traced, collector) if each.name == "appointments.convert"]
+    failed = [each for each in spans if each.status.code == Span().status.STATUS_CODE_ERROR]
+    (created,) = [each for each in spans if each not in failed]
+    assert created.trace_id.hex() == confirmed[busy[0]]
+    assert created.parent_span_id.hex() == "00000000000000aa"
+    first, again = failed
+    assert {each.status.message for each in failed} == {"invalid_appointment_state"}
+    assert (first.trace_id.hex(), first.parent_span_id.hex()) == (confirmed[broken], "00000000000000aa")
+    assert again.parent_span_id == b""
+    assert confirmed[broken] in [link.trace_id.hex() for link in again.links]
+    told = await clinic.fetchval("SELECT trace_context ->> 'traceparent' FROM outbox_events")
+    assert told == f"00-{confirmed[busy[0]]}-{created.span_id.hex()}-00"

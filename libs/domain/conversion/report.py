@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
+from libs.domain.conversion.causes import FailureReason
 from libs.domain.conversion.runs import SOURCE, Outcome, Run, Task
 from libs.domain.telemetry import logger
 from libs.observability.context import carrier
@@ -65,19 +66,23 @@ class Reporter:
             self._metrics.gauge("appointment_conversion_last_run_timestamp_seconds", run.task).set(time.time())
 
     def _trace(self, outcomes: Sequence[Outcome], began_ns: int) -> None:
-        """The batch may convert what was confirmed weeks ago in many traces: each kept one gets its own
-        span there, linked to the batch."""
+        """The batch may convert what was confirmed weeks ago in many traces: each one gets a span of its own there,
+        linked to the batch. A failure is an error of that trace, unless a party is merely busy."""
         ended_ns = time.time_ns()
         batch = carrier()
         for outcome in outcomes:
-            if outcome.span_id is not None:
+            failed = outcome.result == "failed" and outcome.reason != FailureReason.CONFLICT_EXISTING_SESSION
+            if outcome.span_id is not None or failed:
                 record_span(
                     "appointments.convert",
                     parent=outcome.carrier,
+                    # What the outbox refers to is in that trace however many attempts there were.
+                    attempt=outcome.attempt if failed else 1,
                     span_id=outcome.span_id,
                     start_ns=began_ns,
                     end_ns=ended_ns,
                     links=[batch],
+                    failed=outcome.reason if failed else None,
                     appointment_id=outcome.appointment_id,
                     session_id=outcome.session_id,
                     tenant_id=outcome.tenant_id,

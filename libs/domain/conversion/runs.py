@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
     """What became of one appointment.
 
     `delay` is how long ago, in seconds, it became due or could be tried again; None where nobody was to try.
-    `carrier` is that of whoever confirmed it; `span_id` is set when its trace is kept, and is the id
+    `carrier` is that of whoever confirmed it; `span_id` is set when that was within a trace, and is the id
     under which the outbox row already refers to this conversion.
     """
 

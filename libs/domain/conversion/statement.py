@@ -97,8 +97,6 @@ _JUDGE: Final = f"""
     )"""
 
 _NEW_SPAN: Final = "substr(replace(gen_random_uuid()::text, '-', ''), 17, 16)"
-# The flags of a traceparent are a bit field; the lowest bit says that the trace is kept.
-_SAMPLED: Final = "right(j.carrier ->> 'traceparent', 1) = ANY ('{1,3,5,7,9,b,d,f}')"
 
 # After so many failures in a row, the wait before the next attempt.
 _BACKOFF: Final = "least(interval '1 hour', interval '1 minute' * power(2, least({}, 7) - 1))"
@@ -125,7 +123,7 @@ _WRITE: Final = f"""
                 END AS result,
             left_alone.skip,
             CASE WHEN left_alone.skip IS NULL AND c.id IS NULL THEN coalesce(j.cause, 'party_busy') END AS cause,
-            CASE WHEN c.id IS NOT NULL AND {_SAMPLED} THEN {_NEW_SPAN} END AS span_id
+            CASE WHEN c.id IS NOT NULL AND j.carrier ? 'traceparent' THEN {_NEW_SPAN} END AS span_id
         FROM judged j LEFT JOIN created c ON c.appointment_id = j.id
         CROSS JOIN LATERAL (
             SELECT coalesce(j.skip, CASE WHEN c.id IS NULL AND j.starts_at > clock()
