@@ -179,6 +179,7 @@ _BILLING: Final = (
 _CONVERSION: Final = emitted_by(
     "worker",
     gauge("appointments_due_count", "Confirmed appointments that are due and have no session"),
+    gauge("appointments_overdue", "Appointments that nothing has tried although they could be, for 30 seconds"),
     gauge("appointments_needs_attention", "Appointments whose conversion is parked until an operator acts"),
     counter("appointment_session_conversion_attempted_total", "Conversions begun", Label("task", _TASKS)),
     counter("appointment_sessions_created_total", "Committed conversions", Label("modality", _MODALITIES)),

@@ -82,9 +82,10 @@ class Gauges:
 
     async def measure(self) -> None:
         metrics, database = self._runtime.metrics, self._runtime.database
-        due, needs_attention = await monitor.sample(database)
-        metrics.gauge("appointments_due_count").set(due)
-        metrics.gauge("appointments_needs_attention").set(needs_attention)
+        appointments = await monitor.sample(database)
+        metrics.gauge("appointments_due_count").set(appointments.due)
+        metrics.gauge("appointments_overdue").set(appointments.overdue)
+        metrics.gauge("appointments_needs_attention").set(appointments.needs_attention)
         async with database.autocommit() as connection:
             outbox = await connection.fetchrow(_OUTBOX)
             runs = await connection.fetch(_COUNT_RUNS)

@@ -154,6 +154,7 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
         {"command_name": COMMANDS, "has_session": "true false"},
     ),
     "appointments_due_count": ("gauge", {}),
+    "appointments_overdue": ("gauge", {}),
     "appointments_needs_attention": ("gauge", {}),
     "appointment_session_conversion_attempted_total": ("counter", {"task": "auto_start recovery legacy"}),
     "appointment_sessions_created_total": ("counter", {"modality": "text voice video"}),

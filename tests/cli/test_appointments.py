@@ -155,7 +155,8 @@ async def test_the_monitor_is_for_people_programs_and_alarms(clinic: Clinic, run
     assert told["appointments_due_count"] == 0
     assert "parked, needs attention" in run("monitor-sessions").stdout
 
-    await clinic.appointment(patient=await clinic.patient(units=None))
+    for _ in range(5):
+        await clinic.appointment(patient=await clinic.patient(units=None))
     await clinic.convert()
     all_failed = ("monitor-sessions", "--alert", "--json")
     assert run(*all_failed).returncode == 2

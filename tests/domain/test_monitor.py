@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from libs.domain.conversion import monitor
-from libs.domain.conversion.monitor import Report, Thresholds
+from libs.domain.conversion.monitor import Report, Sample, Thresholds
 from tests.clinic import MINUTE, Clinic
 from tests.clock import Clock
 
@@ -100,31 +100,60 @@ async def test_without_a_worker_the_age_of_the_backlog_speaks(clinic: Clinic, cl
 
 
 async def test_the_error_rate_warns_and_becomes_critical(clinic: Clinic, clock: Clock) -> None:
-    for _ in range(30):
+    for _ in range(60):
         await clinic.appointment()
-    broken = await clinic.appointment(modality="hologram")
+    await clinic.convert()
+    broken = [await clinic.appointment(modality="hologram") for _ in range(4)]
     await clinic.convert()
     told = await report(clinic)
-    assert (told.error_rate_alert.level, told.error_rate_alert.failed) == ("warning", 1)
-    assert told.error_rate_alert.rate == round(1 / 31, 4)
+    assert (told.error_rate_alert.level, told.error_rate_alert.failed) == ("ok", 4), "One appointment can do that."
+
+    broken.append(await clinic.appointment(modality="hologram"))
+    await clinic.convert()
+    told = await report(clinic)
+    assert (told.error_rate_alert.level, told.error_rate_alert.failed) == ("warning", 5)
+    assert told.error_rate_alert.rate == round(5 / 65, 4)
 
     for _ in range(5):
         await clinic.appointment(modality="hologram")
     await clinic.convert()
     assert (await report(clinic)).error_rate_alert.level == "critical"
 
-    await clinic.fetchval("UPDATE appointments SET status = 'CANCELLED' WHERE id >= $1", broken)
+    await clinic.fetchval("UPDATE appointments SET status = 'CANCELLED' WHERE id >= $1", broken[0])
     await clock.advance(11 * MINUTE)
     assert (await report(clinic)).error_rate_alert.level == "ok"
 
 
-async def test_creation_that_stands_still_while_the_backlog_rises_is_critical(clinic: Clinic, clock: Clock) -> None:
-    await pass_with_samples(clinic, clock, 6)
-    await due(clinic, 1)
+async def test_whoever_waits_for_a_busy_doctor_is_no_error(clinic: Clinic, clock: Clock) -> None:
+    await due(clinic, 2)
+    for _ in range(8):
+        await clinic.convert()
+        await clock.advance(timedelta(seconds=10))
+
+    told = await report(clinic)
+    assert (told.error_rate_alert.failed, told.error_rate_alert.level) == (8, "ok")
+
+
+async def test_what_is_due_and_not_tried_is_critical(clinic: Clinic, clock: Clock) -> None:
+    await clinic.appointment()
+    await clock.advance(3 * MINUTE)
+    assert (await report(clinic)).creation_alert.level == "ok", "It has not lasted."
+    await clock.advance(3 * MINUTE)
     assert (await report(clinic)).creation_alert.level == "critical"
 
     await clinic.convert()
     assert (await report(clinic)).creation_alert.level == "ok"
+
+
+async def test_what_waits_for_its_next_attempt_is_neither_overdue_nor_critical(clinic: Clinic, clock: Clock) -> None:
+    await clinic.appointment(modality="hologram")
+    await clinic.fetch("UPDATE appointments SET next_attempt_at = clock() + interval '1 hour'")
+    await clock.advance(30 * MINUTE)
+    assert (await report(clinic)).creation_alert.level == "ok"
+    assert await monitor.sample(clinic.database) == Sample(due=1, overdue=0, needs_attention=0)
+
+    await clock.advance(31 * MINUTE)
+    assert await monitor.sample(clinic.database) == Sample(due=1, overdue=1, needs_attention=0)
 
 
 async def test_parked_appointments_need_attention(clinic: Clinic) -> None:
@@ -134,7 +163,7 @@ async def test_parked_appointments_need_attention(clinic: Clinic) -> None:
     told = await report(clinic)
 
     assert (told.needs_attention, told.appointments_due_count) == (1, 0)
-    assert await monitor.sample(clinic.database) == (0, 1)
+    assert await monitor.sample(clinic.database) == Sample(due=0, overdue=0, needs_attention=1)
 
 
 async def test_a_tenant_sees_its_own_and_the_command_line_sees_all(clinic: Clinic) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from libs.domain.conversion.monitor import Thresholds
+from libs.domain.conversion.monitor import WAITING, Thresholds
 from libs.observability.rules import Alert
 
 # The same as those of `sessiongate appointments monitor-sessions`.
@@ -10,10 +10,13 @@ _LIMITS: Final = Thresholds()
 _BACKLOG_LASTING: Final = f"{_LIMITS.backlog_window // 60}m"
 
 
-def _failure_rate(window: int) -> str:
+def _failure_rate(limit: float, window: int) -> str:
+    over = f"[{window // 60}m]"
+    failed = "appointment_session_conversion_failed_total"
     return (
-        f"sum(increase(appointment_session_conversion_failed_total[{window // 60}m]))"
-        f" / sum(increase(appointment_session_conversion_attempted_total[{window // 60}m]))"
+        f"sum(increase({failed}{over}))"
+        f" / sum(increase(appointment_session_conversion_attempted_total{over})) > {limit}\n"
+        f'and\nsum(increase({failed}{{reason!="{WAITING}"}}{over})) >= {_LIMITS.error_minimum}'
     )
 
 
@@ -43,14 +46,14 @@ CONVERSION: Final = (
     ),
     Alert(
         name="AppointmentConversionStalled",
-        expr="max(appointments_due_count) - max(appointments_due_count offset 5m) > 0\n"
-        "and\nsum(increase(appointment_sessions_created_total[5m])) == 0",
+        expr="max(appointments_overdue) > 0\n"
+        "and\nsum(increase(appointment_session_conversion_attempted_total[5m])) == 0",
         lasting="5m",
         severity="critical",
         component="conversion",
-        metric="appointment_sessions_created_total",
-        summary="No sessions are created while more and more are due",
-        description="{{ $value }} more appointments are due than five minutes ago, and no session was created.",
+        metric="appointments_overdue",
+        summary="Appointments are due, and nothing is tried",
+        description="Appointments that could be converted: {{ $value }}. None was tried within five minutes.",
         runbook="docs/runbooks/backlog-grows.md",
     ),
     Alert(
@@ -66,7 +69,7 @@ CONVERSION: Final = (
     ),
     Alert(
         name="AppointmentConversionFailureRate",
-        expr=f"{_failure_rate(_LIMITS.error_warning_window)} > {_LIMITS.error_warning}",
+        expr=_failure_rate(_LIMITS.error_warning, _LIMITS.error_warning_window),
         severity="warning",
         component="conversion",
         metric="appointment_session_conversion_failed_total",
@@ -76,7 +79,7 @@ CONVERSION: Final = (
     ),
     Alert(
         name="AppointmentConversionFailureRateCritical",
-        expr=f"{_failure_rate(_LIMITS.error_critical_window)} > {_LIMITS.error_critical}",
+        expr=_failure_rate(_LIMITS.error_critical, _LIMITS.error_critical_window),
         severity="critical",
         component="conversion",
         metric="appointment_session_conversion_failed_total",

@@ -73,9 +73,10 @@ BOARD: Final = board(
         [
             timeseries(
                 "Backlog",
-                "Due without a session, and parked. A backlog that falls after a disturbance mends itself; one that"
-                " rises while nothing is created needs you.",
+                "Due without a session, parked, and overdue: those that nothing tries although it could. A backlog that"
+                " falls after a disturbance mends itself; one that is overdue needs you.",
                 Query(largest("appointments_due_count"), "due"),
+                Query(largest("appointments_overdue"), "overdue"),
                 Query(largest("appointments_needs_attention"), "parked"),
                 unit=units.Short,
                 limits=_BACKLOG,

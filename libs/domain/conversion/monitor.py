@@ -7,20 +7,31 @@ speaks for itself.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
+from libs.domain.conversion.causes import FailureReason
+from libs.domain.conversion.statement import DUE_AT
 from libs.domain.db import Database
-from libs.domain.tables import BACKLOG
+from libs.domain.tables import BACKLOG, DUE
 
 Level = Literal["ok", "warning", "critical"]
 
 SAMPLE_SECONDS: Final = 15
 SAMPLES_KEPT: Final = "7 days"
+PATIENCE_SECONDS: Final = 30
+"""How long what could be tried may wait until it is overdue; a worker takes it within a second."""
+
+WAITING: Final = FailureReason.CONFLICT_EXISTING_SESSION
+"""The failure of whoever waits for a busy doctor or patient: it is told every ten seconds, and mends itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """When to alert. Counts are appointments, rates are shares of 1, windows are seconds."""
+    """When to alert. Counts are appointments, rates are shares of 1, windows are seconds.
+
+    `error_minimum` failures there must be in a window, those that only wait for somebody not counted, for their share
+    to say something: a single appointment fails at most four times in ten minutes.
+    """
 
     backlog_warning: int = 10
     backlog_critical: int = 50
@@ -29,6 +40,7 @@ class Thresholds:
     error_warning_window: int = 600
     error_critical: float = 0.10
     error_critical_window: int = 300
+    error_minimum: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +61,17 @@ class ErrorRateAlert:
 
 @dataclass(frozen=True, slots=True)
 class CreationAlert:
+    """Critical when something could be tried all the time of the backlog's window, and nothing was."""
+
     level: Level
+
+
+class Sample(NamedTuple):
+    """The state of all tenants: how many are due, are due and were not tried when they could be, or are parked."""
+
+    due: int
+    overdue: int
+    needs_attention: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +102,30 @@ class Report:
 _NOW: Final = f"""
     SELECT count(*) AS due,
         coalesce(extract(epoch FROM clock() - min(starts_at)), 0)::float8 AS oldest,
+        count(*) FILTER (WHERE {DUE_AT} < clock() - make_interval(secs => $2)) AS overdue,
         (SELECT count(*) FROM appointments WHERE parked_at IS NOT NULL AND status = 'CONFIRMED'
             AND ($1::bigint IS NULL OR tenant_id = $1)) AS parked
     FROM appointments
     WHERE {BACKLOG} AND ($1::bigint IS NULL OR tenant_id = $1)
 """
 
-_ATTEMPTS: Final = """
+_ATTEMPTS: Final = f"""
     WITH attempts AS (
-        SELECT result, extract(epoch FROM clock() - started_at) AS age
+        SELECT result, result = 'failed' AND reason <> '{WAITING}' AS broken,
+            extract(epoch FROM clock() - started_at) AS age
         FROM conversion_attempts WHERE $1::bigint IS NULL OR tenant_id = $1
     )
     SELECT count(*) FILTER (WHERE result = 'created') AS created,
         count(*) FILTER (WHERE result = 'failed') AS failed,
         count(*) FILTER (WHERE result = 'created' AND age < 60) AS created_minute,
         count(*) FILTER (WHERE result = 'failed' AND age < 60) AS failed_minute,
-        count(*) FILTER (WHERE result = 'created' AND age < $2) AS created_backlog,
+        count(*) FILTER (WHERE result <> 'skipped' AND age < $2) AS attempted_backlog,
         count(*) FILTER (WHERE result <> 'skipped' AND age < $3) AS attempted_warning,
         count(*) FILTER (WHERE result = 'failed' AND age < $3) AS failed_warning,
+        count(*) FILTER (WHERE broken AND age < $3) AS broken_warning,
         count(*) FILTER (WHERE result <> 'skipped' AND age < $4) AS attempted_critical,
-        count(*) FILTER (WHERE result = 'failed' AND age < $4) AS failed_critical
+        count(*) FILTER (WHERE result = 'failed' AND age < $4) AS failed_critical,
+        count(*) FILTER (WHERE broken AND age < $4) AS broken_critical
     FROM attempts
 """
 
@@ -125,23 +151,25 @@ _SAMPLE: Final = f"""
         LEFT JOIN due ON due.tenant_id = t.id LEFT JOIN parked ON parked.tenant_id = t.id
         ON CONFLICT DO NOTHING)
     SELECT (SELECT coalesce(sum(due), 0) FROM due)::bigint AS due,
+           (SELECT count(*) FROM appointments
+               WHERE {DUE} AND {DUE_AT} < clock() - interval '{PATIENCE_SECONDS} seconds') AS overdue,
            (SELECT coalesce(sum(parked), 0) FROM parked)::bigint AS needs_attention
 """
 
 
-async def sample(database: Database) -> tuple[int, int]:
-    """Writes this slot's samples unless another worker has; answers due and parked of all tenants."""
+async def sample(database: Database) -> Sample:
+    """Writes this slot's samples unless another worker has."""
     async with database.autocommit() as connection:
         row = await connection.fetchrow(_SAMPLE)
     assert row is not None
-    return row["due"], row["needs_attention"]
+    return Sample(row["due"], row["overdue"], row["needs_attention"])
 
 
 async def report(database: Database, thresholds: Thresholds, tenant_id: int | None = None) -> Report:
     """The state of conversion in one tenant, or in all."""
     limits = thresholds
     async with database.autocommit() as connection, connection.transaction(readonly=True):
-        now = await connection.fetchrow(_NOW, tenant_id)
+        now = await connection.fetchrow(_NOW, tenant_id, float(limits.backlog_window))
         attempts = await connection.fetchrow(
             _ATTEMPTS,
             tenant_id,
@@ -162,7 +190,7 @@ async def report(database: Database, thresholds: Thresholds, tenant_id: int | No
         needs_attention=now["parked"],
         backlog_alert=_backlog(limits, now["due"], now["oldest"], samples),
         error_rate_alert=_error_rate(limits, attempts),
-        creation_alert=_creation(limits, now["due"], attempts["created_backlog"], samples),
+        creation_alert=_creation(now["overdue"], attempts["attempted_backlog"]),
     )
 
 
@@ -191,9 +219,12 @@ def _error_rate(limits: Thresholds, attempts: Any) -> ErrorRateAlert:
     def rate(window: str) -> float:
         return float(attempts[f"failed_{window}"] / max(1, attempts[f"attempted_{window}"]))
 
-    if rate("critical") > limits.error_critical:
+    def is_over(window: str, limit: float) -> bool:
+        return rate(window) > limit and attempts[f"broken_{window}"] >= limits.error_minimum
+
+    if is_over("critical", limits.error_critical):
         level: Level = "critical"
-    elif rate("warning") > limits.error_warning:
+    elif is_over("warning", limits.error_warning):
         level = "warning"
     else:
         level = "ok"
@@ -201,7 +232,5 @@ def _error_rate(limits: Thresholds, attempts: Any) -> ErrorRateAlert:
     return ErrorRateAlert(level, round(rate(window), 4), attempts[f"attempted_{window}"], attempts[f"failed_{window}"])
 
 
-def _creation(limits: Thresholds, due: int, created: int, samples: Sequence[Any]) -> CreationAlert:
-    """Nothing was created in the whole window while the backlog rose: the job does not work."""
-    stalled = _covered(limits, samples) and created == 0 and due > samples[0]["due"]
-    return CreationAlert("critical" if stalled else "ok")
+def _creation(overdue: int, attempted: int) -> CreationAlert:
+    return CreationAlert("critical" if overdue and not attempted else "ok")

@@ -4,6 +4,13 @@ from typing import Final
 
 from tests.deploy.cases.case import Case, Firing, Quiet
 
+ATTEMPTED: Final = 'appointment_session_conversion_attempted_total{task="auto_start"}'
+FAILED: Final = 'appointment_session_conversion_failed_total{reason="unknown_error"}'
+BUSY: Final = 'appointment_session_conversion_failed_total{reason="createSession_conflict_existing_session"}'
+
+# One appointment that fails whenever it is tried, after pauses of 1, 2, 4 … minutes: how often it has, by the minute.
+ONE_BROKEN: Final = " ".join(str(sum(at <= minute for at in (1, 2, 4, 8, 16, 32, 64))) for minute in range(80))
+
 CONVERSION: Final[tuple[Case, ...]] = (
     Firing(
         "AppointmentsDueBacklog",
@@ -24,21 +31,18 @@ CONVERSION: Final[tuple[Case, ...]] = (
     Quiet("AppointmentsDueBacklogCritical", {"appointments_due_count": "50+0x30"}, after=30),
     Firing(
         "AppointmentConversionStalled",
-        {"appointments_due_count": "0+1x20", "appointment_sessions_created_total": "7+0x20"},
+        {"appointments_due_count": "8+0x20", "appointments_overdue": "8+0x20", ATTEMPTED: "7+0x20"},
         after=15,
-        says="5 more appointments are due than five minutes ago, and no session was created.",
-        value="5",
+        says="Appointments that could be converted: 8. None was tried within five minutes.",
+        value="8",
     ),
+    # Some wait for their next attempt, and nothing else is to be done.
     Quiet(
         "AppointmentConversionStalled",
-        {"appointments_due_count": "0+1x30", "appointment_sessions_created_total": "7+1x30"},
+        {"appointments_due_count": "0+1x30", "appointments_overdue": "0+0x30", ATTEMPTED: "7+0x30"},
         after=30,
     ),
-    Quiet(
-        "AppointmentConversionStalled",
-        {"appointments_due_count": "9+0x30", "appointment_sessions_created_total": "7+0x30"},
-        after=30,
-    ),
+    Quiet("AppointmentConversionStalled", {"appointments_overdue": "0+1x30", ATTEMPTED: "7+1x30"}, after=30),
     Firing(
         "AppointmentConversionJobMissing",
         {'appointment_conversion_last_run_timestamp_seconds{task="auto_start"}': "0+60x10 600+0x10"},
@@ -64,9 +68,9 @@ CONVERSION: Final[tuple[Case, ...]] = (
     Firing(
         "AppointmentConversionFailureRate",
         {
-            'appointment_session_conversion_attempted_total{task="auto_start"}': "0+100x20",
+            ATTEMPTED: "0+100x20",
             'appointment_session_conversion_failed_total{reason="db_update_failed"}': "0+1x20",
-            'appointment_session_conversion_failed_total{reason="unknown_error"}': "0+2x20",
+            FAILED: "0+2x20",
         },
         after=15,
         says="3% of conversions failed over ten minutes.",
@@ -75,24 +79,30 @@ CONVERSION: Final[tuple[Case, ...]] = (
     Quiet(
         "AppointmentConversionFailureRate",
         {
-            'appointment_session_conversion_attempted_total{task="auto_start"}': "0+100x20",
-            'appointment_session_conversion_failed_total{reason="unknown_error"}': "0+2x20",
+            ATTEMPTED: "0+100x20",
+            FAILED: "0+2x20",
         },
         after=15,
     ),
     Quiet(
         "AppointmentConversionFailureRate",
         {
-            'appointment_session_conversion_attempted_total{task="auto_start"}': "5+0x20",
-            'appointment_session_conversion_failed_total{reason="unknown_error"}': "5+0x20",
+            ATTEMPTED: "5+0x20",
+            FAILED: "5+0x20",
         },
         after=15,
     ),
+    # One that fails again and again, and one that waits for a busy doctor.
+    *(
+        Quiet("AppointmentConversionFailureRate", {ATTEMPTED: ONE_BROKEN, FAILED: ONE_BROKEN}, after=after)
+        for after in (2, 5, 9, 16, 17, 33, 65)
+    ),
+    Quiet("AppointmentConversionFailureRate", {ATTEMPTED: "0+6x30", BUSY: "0+6x30"}, after=15),
     Firing(
         "AppointmentConversionFailureRateCritical",
         {
-            'appointment_session_conversion_attempted_total{task="auto_start"}': "0+100x10",
-            'appointment_session_conversion_failed_total{reason="unknown_error"}': "0+11x10",
+            ATTEMPTED: "0+100x10",
+            FAILED: "0+11x10",
         },
         after=10,
         says="11% of conversions failed over five minutes.",
@@ -101,11 +111,16 @@ CONVERSION: Final[tuple[Case, ...]] = (
     Quiet(
         "AppointmentConversionFailureRateCritical",
         {
-            'appointment_session_conversion_attempted_total{task="auto_start"}': "0+100x10",
-            'appointment_session_conversion_failed_total{reason="unknown_error"}': "0+10x10",
+            ATTEMPTED: "0+100x10",
+            FAILED: "0+10x10",
         },
         after=10,
     ),
+    *(
+        Quiet("AppointmentConversionFailureRateCritical", {ATTEMPTED: ONE_BROKEN, FAILED: ONE_BROKEN}, after=after)
+        for after in (2, 5, 9, 16, 17, 33, 65)
+    ),
+    Quiet("AppointmentConversionFailureRateCritical", {ATTEMPTED: "0+6x30", BUSY: "0+6x30"}, after=15),
     Firing(
         "AppointmentsNeedAttention",
         {"appointments_needs_attention": "2+0x10"},
