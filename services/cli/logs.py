@@ -3,12 +3,14 @@
 import asyncio
 import json
 from dataclasses import asdict
+from datetime import UTC
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from libs.domain.decisions.rollout import since_of
 from libs.domain.logs import search as kept
@@ -64,7 +66,10 @@ def search(
 
     async def ask() -> list[str]:
         async with opened(settings) as database, database.begin() as connection:
-            return await kept.search(connection, wanted, limit=limit)
+            lines = await kept.search(connection, wanted, limit=limit)
+            if not lines:
+                await _say_what_is_kept(connection)
+            return lines
 
     lines = asyncio.run(ask())
     if as_json:
@@ -81,7 +86,10 @@ def stats(since: Since = None, until: Until = None, as_json: AsJson = False) -> 
 
     async def ask() -> list[Count]:
         async with opened(settings) as database, database.begin() as connection:
-            return await kept.count(connection, wanted)
+            counts = await kept.count(connection, wanted)
+            if not counts:
+                await _say_what_is_kept(connection)
+            return counts
 
     counts = asyncio.run(ask())
     if as_json:
@@ -91,6 +99,15 @@ def stats(since: Since = None, until: Until = None, as_json: AsJson = False) -> 
         for each in counts:
             table.add_row(each.level, each.event, each.category or "", str(each.lines))
         Console().print(table)
+
+
+async def _say_what_is_kept(connection: AsyncConnection) -> None:
+    """On standard error, where it does not mix with lines: whether anything could have been found at all."""
+    since = await kept.kept_since(connection)
+    if since is None:
+        typer.echo("No lines are kept: set SESSIONGATE_LOG_SEARCH_HOURS where API and worker run.", err=True)
+    else:
+        typer.echo(f"Nothing found. Lines are kept since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC.", err=True)
 
 
 def _moment(option: str, given: str | None) -> Moment | None:

@@ -1,6 +1,7 @@
 """`sessiongate logs` on a real database."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,28 @@ def test_lines_are_counted_by_level_and_event(known: dict[str, str], tmp_path: P
         [" error ", " jammed  ", " error    ", " 1     "],
         [" info  ", " printed ", " message  ", " 1     "],
     ]
+
+
+COMMANDS = pytest.mark.parametrize("options", ["search", "search --json", "stats", "stats --json"])
+
+
+@COMMANDS
+def test_where_nothing_is_found_it_is_said_since_when_lines_are_kept(
+    known: dict[str, str], tmp_path: Path, options: str
+) -> None:
+    asked = sessiongate(tmp_path, "logs", *options.split(), "--until", "2020-01-01T00:00:00Z", env=known)
+    assert asked.returncode == 0
+    assert re.fullmatch(r"Nothing found\. Lines are kept since \d{4}-\d\d-\d\d \d\d:\d\d UTC\.\n", asked.stderr)
+    assert "--json" not in options or json.loads(asked.stdout) == []
+    found = sessiongate(tmp_path, "logs", *options.split(), env=known)
+    assert found.stderr == ""
+
+
+@COMMANDS
+def test_where_no_lines_are_kept_it_is_said(urls: Urls, tmp_path: Path, options: str) -> None:
+    asked = sessiongate(tmp_path, "logs", *options.split(), env={"SESSIONGATE_DATABASE_URL": urls.app})
+    assert asked.returncode == 0
+    assert asked.stderr == "No lines are kept: set SESSIONGATE_LOG_SEARCH_HOURS where API and worker run.\n"
 
 
 @pytest.mark.parametrize("options", ["search --since yesterday", "stats --until 2030-01-01"])

@@ -1,13 +1,14 @@
 """deploy/compose.yaml, .env.example and the collector, as far as they can be judged without containers."""
 
 import re
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Network, ip_address, ip_network
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dotenv import dotenv_values
+from pydantic_settings import BaseSettings
 
 from libs.domain.sealing import new_key
 from libs.domain.settings import DatabaseSettings, FlagSettings, Settings, variable
@@ -34,6 +35,12 @@ OURS = ("migrate", "api", "worker")
 EXAMPLE = DEPLOY / ".env.example"
 OF_COMPOSE = {"OWNER_PASSWORD", "APP_PASSWORD", "GRAFANA_PASSWORD", "ONCALL_TOKEN", "TRACES_ENDPOINT"}
 """Variables that the program knows nothing of."""
+VARIABLE = re.compile(r"\$\{(\w+)(?::[?-](\w*))?\}")
+
+
+def passed(service: dict[str, Any]) -> dict[str, str | None]:
+    """The variables of a service; one without a value has that of the environment file, and none where it has none."""
+    return dict(service.get("environment", {}))
 
 
 def test_it_says_nothing_that_compose_does_not_understand() -> None:
@@ -62,14 +69,31 @@ def test_our_own_can_change_nothing_and_nobody_is_reached_from_elsewhere() -> No
         assert SERVICES[name]["read_only"] is True
         assert SERVICES[name]["cap_drop"] == ["ALL"]
     published = [port for service in SERVICES.values() for port in service.get("ports", ())]
-    assert len(published) == 3
+    assert len(published) == 4
     assert [port for port in published if not port.startswith("127.0.0.1:")] == []
 
 
-def test_it_reads_exactly_the_variables_of_the_example() -> None:
+def test_it_insists_on_nothing_but_variables_of_the_example_and_reads_all_of_those() -> None:
+    example = dotenv_values(EXAMPLE).keys()
+    assert {name for text in texts(COMPOSE) for name in re.findall(r"\$\{(\w+):\?", text)} <= example
     read = {name for text in texts(COMPOSE) for name in re.findall(r"\$\{(\w+)", text)}
     read |= {secret["environment"] for secret in COMPOSE["secrets"].values()}
-    assert read == dotenv_values(EXAMPLE).keys()
+    read |= {name for service in SERVICES.values() for name, value in passed(service).items() if value is None}
+    assert example <= read
+
+
+@pytest.mark.parametrize(("name", "settings"), [("api", ApiSettings), ("worker", WorkerSettings)])
+def test_whatever_setting_is_in_the_env_file_reaches_the_services(name: str, settings: type[BaseSettings]) -> None:
+    variables = {variable(kind, field) for kind in (settings, FlagSettings) for field in kind.model_fields}
+    variables |= {each for each in known_variables() if each.startswith("OTEL_")}
+    elsewhere = {
+        variable for variable in variables if re.search("_(HOST|PORT|LOG_FILE|MIGRATIONS_DATABASE_URL)$", variable)
+    }
+    tokens = {each for each in variables if "_JWT_" in each} if name == "worker" else set()
+    given = passed(SERVICES[name])
+    assert given.keys() == variables - elsewhere - tokens
+    fixed = {each: value for each, value in given.items() if value is not None and not value.startswith(f"${{{each}:")}
+    assert fixed.keys() == {"SESSIONGATE_METRICS_ALLOW"}
 
 
 def test_every_variable_is_a_setting_and_every_required_setting_is_in_the_example() -> None:
@@ -112,7 +136,8 @@ def test_the_example_once_filled_in_is_what_the_services_start_with(
     for name, classes in loads.items():
         with monkeypatch.context() as environment:
             for key, value in SERVICES[name]["environment"].items():
-                environment.setenv(key, re.sub(r"\$\{(\w+)(:[?-])?\}", lambda match: given[match[1]], value))
+                shown = given.get(key, "") if value is None else value
+                environment.setenv(key, re.sub(VARIABLE, lambda match: given.get(match[1]) or match[2] or "", shown))
             settings, *flags = [each(_env_file=None) for each in classes]
         role = "owner" if name == "migrate" else "app"
         assert settings.database_url == f"postgresql://sessiongate_{role}:word@postgres:5432/sessiongate"
@@ -137,6 +162,8 @@ def test_prometheus_alone_may_read_the_metrics() -> None:
     address = ip_address(SERVICES["prometheus"]["networks"]["default"]["ipv4_address"])
     (pool,) = COMPOSE["networks"]["default"]["ipam"]["config"]
     assert address in ip_network(pool["subnet"])
+    assert IPv4Network(pool["ip_range"]).subnet_of(IPv4Network(pool["subnet"]))
+    assert address not in ip_network(pool["ip_range"])  # which the others have theirs from
     for name in ("api", "worker"):
         allowed = ip_network(SERVICES[name]["environment"]["SESSIONGATE_METRICS_ALLOW"])
         assert (allowed.num_addresses, allowed[0]) == (1, address)
@@ -149,6 +176,19 @@ def test_prometheus_alone_may_read_the_metrics() -> None:
     }
     assert {f"api:{API_PORT}", f"worker:{WORKER_PORT}"} <= targets
     assert "--enable-feature=exemplar-storage" in SERVICES["prometheus"]["command"]
+
+
+def test_nobody_gets_a_part_of_monitoring_that_does_not_work() -> None:
+    profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
+    assert {name for name, given in profiles.items() if given == ["monitoring"]} == {
+        "prometheus",
+        "alertmanager",
+        "grafana",
+    }
+    # Without an address to send traces on to, it ends: whoever has none does not start it.
+    assert profiles["otel-collector"] == ["tracing"]
+    # An empty one would be taken for none, and admin's password be admin.
+    assert SERVICES["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD"] == "${GRAFANA_PASSWORD:?}"
 
 
 def test_alertmanager_finds_its_tokens() -> None:

@@ -1,21 +1,25 @@
 """deploy/kubernetes, as far as it can be judged without a cluster: each manifest by its schema, and all together."""
 
 import re
-from collections.abc import Iterator
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
+from dotenv import dotenv_values
+from pydantic import ValidationError
 
 from libs.domain.catalogue import CATALOGUE
 from libs.domain.sealing import new_key
-from libs.domain.settings import DatabaseSettings, FlagSettings
+from libs.domain.settings import DatabaseSettings, FlagSettings, variable
 from services.api.main import GRACE_SECONDS as API_GRACE
 from services.api.settings import ApiSettings
 from services.worker.main import GRACE_SECONDS as WORKER_GRACE
 from services.worker.settings import WorkerSettings
 from tests.deploy.files import API_PORT, DEPLOY, WORKER_PORT, documents, faults, is_pinned, known_variables
+from tests.deploy.monitoring import installed
 
 KUBERNETES = DEPLOY / "kubernetes"
 VERSIONS = ("1.31", "1.34")
@@ -27,16 +31,32 @@ OTHERS = {"ScaledObject", "ServiceMonitor", "PrometheusRule"}
 Manifest = dict[str, Any]
 
 
-def resources(folder: Path) -> Iterator[Manifest]:
-    """What a kustomization is made of, unpatched."""
+GENERATED = {"ConfigMap": ("configMapGenerator", "data"), "Secret": ("secretGenerator", "stringData")}
+"""Of what kustomize makes by itself: what tells it to, and where the values are."""
+HASH = "-[bcdfghkmt2456789]{10}$"
+"""The end that it gives to their names: sixteen characters that make no words."""
+
+
+def resources(folder: Path) -> list[Manifest]:
+    """What a kustomization is made of, unpatched, and by its names without hashes."""
     (kustomization,) = documents(folder / "kustomization.yaml")
+    made: list[Manifest] = []
     for name in (*kustomization.get("resources", ()), *kustomization.get("components", ())):
         path = folder / name
-        yield from resources(path) if path.is_dir() else documents(path)
+        made += resources(path) if path.is_dir() else documents(path)
+    for kind, (generators, values) in GENERATED.items():
+        for generator in kustomization.get(generators, ()):
+            named = {"apiVersion": "v1", "kind": kind, "metadata": {"name": generator["name"]}}
+            given = {name: value for path in generator["envs"] for name, value in dotenv_values(folder / path).items()}
+            if generator.get("behavior") == "merge":
+                (merged,) = [each for each in made if named.items() <= each.items()]
+                merged[values] |= given
+            else:
+                made.append(named | {values: given})
+    return made
 
 
-MANIFESTS = list(resources(KUBERNETES / "example"))
-(SETTINGS,) = documents(KUBERNETES / "example/settings.yaml")
+MANIFESTS = resources(KUBERNETES / "example")
 
 
 def of_kind(*kinds: str) -> list[Manifest]:
@@ -59,16 +79,37 @@ def test_every_file_belongs_to_a_kustomization() -> None:
     for path in KUBERNETES.rglob("kustomization.yaml"):
         (kustomization,) = documents(path)
         patches = [patch["path"] for patch in kustomization.get("patches", ()) if "path" in patch]
-        for name in (*kustomization.get("resources", ()), *kustomization.get("components", ()), *patches):
+        generators = [each for key, _ in GENERATED.values() for each in kustomization.get(key, ())]
+        envs = [env for generator in generators for env in generator["envs"]]
+        for name in (*kustomization.get("resources", ()), *kustomization.get("components", ()), *patches, *envs):
             named.add((path.parent / name).resolve())
     assert [path for path in named if not path.exists()] == []
-    files = {path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml"}
+    files = {path for path in KUBERNETES.rglob("*") if path.is_file() and path.name != "kustomization.yaml"}
     assert files == {path for path in named if path.is_file()}
+
+
+def test_kustomize_makes_of_the_files_what_is_tested_here() -> None:
+    command = (installed("kubectl"), "kustomize", KUBERNETES / "example")
+    made = list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout))
+
+    def name(manifest: Manifest) -> tuple[str, str]:
+        return manifest["kind"], re.sub(HASH, "", manifest["metadata"]["name"])
+
+    assert sorted(map(name, made)) == sorted(map(name, MANIFESTS))
+    (settings,) = [manifest["data"] for manifest in made if manifest["kind"] == "ConfigMap"]
+    assert settings == stored("ConfigMap", "sessiongate")
+    for each in made:
+        if each["kind"] in {"Deployment", "Job"}:
+            (container,) = each["spec"]["template"]["spec"]["containers"]
+            sources = {reference["name"] for source in container["envFrom"] for reference in source.values()}
+            assert sources <= {manifest["metadata"]["name"] for manifest in made}
+            # So that the pods are replaced when a value changes.
+            assert all(re.search(HASH, source) for source in sources)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_kubernetes_understands_every_manifest(version: str) -> None:
-    for manifest in (*MANIFESTS, SETTINGS):
+    for manifest in MANIFESTS:
         if manifest["kind"] not in OTHERS:
             assert kubernetes_validate.validate(manifest, version, strict=True) == version
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -111,8 +152,8 @@ def test_pods_may_do_nothing_that_they_need_not(name: str) -> None:
 def stored(kind: str, name: str) -> dict[str, str]:
     """What a ConfigMap or a Secret of the example holds."""
     (manifest,) = [each for each in of_kind(kind) if each["metadata"]["name"] == name]
-    own = SETTINGS["data"] if kind == "ConfigMap" else {}
-    return {**manifest.get("data", {}), **manifest.get("stringData", {}), **own}
+    held: dict[str, str] = manifest[GENERATED[kind][1]]
+    return held
 
 
 def environment(container: Manifest) -> dict[str, str]:
@@ -130,6 +171,13 @@ def environment(container: Manifest) -> dict[str, str]:
     return made
 
 
+def filled_in(key: str, value: str) -> str:
+    """A variable of the example, once somebody has put a secret where one has to be."""
+    if key.endswith("KEYS"):
+        return new_key("2030")
+    return f"{value}word" if key.endswith("BASIC_AUTH") else value.replace("CHANGE-ME", "s" * 32)
+
+
 SETTINGS_OF: dict[str, tuple[Any, ...]] = {
     "sessiongate-api": (ApiSettings, FlagSettings),
     "sessiongate-worker": (WorkerSettings, FlagSettings),
@@ -142,7 +190,7 @@ def test_every_process_starts_with_what_it_is_given(name: str, monkeypatch: pyte
     given = environment(CONTAINERS[name])
     assert given.keys() - known_variables() <= {"METRICS_USER", "METRICS_PASSWORD"}
     for key, value in given.items():
-        monkeypatch.setenv(key, new_key("2030") if key.endswith("KEYS") else value.replace("CHANGE-ME", "s" * 32))
+        monkeypatch.setenv(key, filled_in(key, value))
     for settings in SETTINGS_OF[name]:
         settings(_env_file=None)
     assert ("sessiongate_owner" in given["SESSIONGATE_DATABASE_URL"]) == (name == "sessiongate-migrate")
@@ -151,10 +199,32 @@ def test_every_process_starts_with_what_it_is_given(name: str, monkeypatch: pyte
     assert name == "sessiongate-migrate" or flags <= given.keys()
 
 
-def test_no_secret_of_the_example_is_one() -> None:
-    for manifest in of_kind("Secret"):
-        for key, value in manifest["stringData"].items():
-            assert "CHANGE-ME" in value or key == "username"
+@pytest.mark.parametrize(
+    "forgotten", ["SESSIONGATE_FIELD_KEYS", "SESSIONGATE_ALERTS_TOKEN", "SESSIONGATE_METRICS_BASIC_AUTH"]
+)
+def test_the_api_refuses_to_start_with_a_secret_as_the_example_has_it(
+    forgotten: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in environment(CONTAINERS["sessiongate-api"]).items():
+        monkeypatch.setenv(key, value if key == forgotten else filled_in(key, value))
+    with pytest.raises(ValidationError) as refused:
+        ApiSettings(_env_file=None)
+    assert [variable(ApiSettings, str(fault["loc"][0])) for fault in refused.value.errors()] == [forgotten]
+
+
+def test_no_address_of_the_example_has_a_password_that_a_server_would_accept() -> None:
+    addresses = [value for each in of_kind("Secret") for value in each["stringData"].values() if "://" in value]
+    assert [address for address in addresses if ":CHANGE-ME@" not in address] == []
+    assert len(addresses) == 3
+
+
+def test_the_connections_of_all_processes_are_fewer_than_postgresql_admits() -> None:
+    (scaler,), (scaled,) = of_kind("HorizontalPodAutoscaler"), of_kind("ScaledObject")
+    # One more of each during a rollout: of the API as its strategy says, of the workers a quarter of up to four.
+    api, workers = scaler["spec"]["maxReplicas"] + 1, scaled["spec"]["maxReplicaCount"] + 1
+    assert workers <= 5
+    of_each = 2 * int(stored("ConfigMap", "sessiongate")["SESSIONGATE_POOL_SIZE"]) + 1
+    assert (api + workers) * of_each + 1 == 91  # as settings.env says; 3 of the 100 are reserved for superusers
 
 
 @pytest.mark.parametrize(
@@ -206,6 +276,8 @@ def test_the_network_is_closed_but_for_what_processes_need() -> None:
     assert let_in == {name: {CONTAINERS[name]["ports"][0]["name"]} for name in let_in}
     assert let_in.keys() == {"sessiongate-api", "sessiongate-worker"}
     assert all(rule["from"] for policy in policies.values() for rule in policy.get("ingress", ()))
+    (names,) = [rule["to"] for rule in policies["sessiongate-servers"]["egress"] if "to" in rule]
+    assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in names  # in no namespace, and forbidden to webhooks
 
 
 def test_workers_are_scaled_by_metrics_that_there_are() -> None:

@@ -72,6 +72,12 @@ async def count(connection: AsyncConnection, wanted: Wanted) -> list[Count]:
     return [Count(**row._mapping) for row in await connection.execute(statement)]
 
 
+async def kept_since(connection: AsyncConnection) -> datetime | None:
+    """When the oldest line was written; None when there is none."""
+    oldest: datetime | None = (await connection.execute(select(func.min(log_lines.c.at)))).scalar_one()
+    return oldest
+
+
 def _conditions(wanted: Wanted) -> list[ColumnElement[bool]]:
     conditions = []
     if wanted.since is not None:
