@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from libs.observability.catalogue import OWN
 from services.api.settings import ApiSettings
 from services.cli.main import COMMANDS
 from services.worker.settings import WorkerSettings
+from tests.deploy.files import documents
 
 RUNBOOKS = ROOT / "docs/runbooks"
 PAGES = sorted(RUNBOOKS.glob("*.md"))
 PROCEDURES = {"README.md", "recovery.md", "rollout-and-rollback.md"}
 PARTS = ["What it means", "What people notice", "Look", "Mend", "Over when"]
+
+OF_OTHERS = {"alertmanager_notifications_failed_total", "process_cpu_seconds_total"}
+"""Metrics of Alertmanager, and of the client library."""
 
 NAMED = {
     (alert.name, alert.runbook)
@@ -67,22 +72,29 @@ def test_whatever_a_page_refers_to_is_there(page: Path) -> None:
         assert heading in {each.lower().replace(" ", "-") for each in headings}
     for setting in re.findall(r"SESSIONGATE_([A-Z_]+)", text):
         assert setting.lower() in {*ApiSettings.model_fields, *WorkerSettings.model_fields}
-    metrics = {spec.name for spec in (*OWN, *CATALOGUE)} | {"alertmanager_notifications_failed_total"}
+    metrics = {spec.name for spec in (*OWN, *CATALOGUE)} | OF_OTHERS
     assert set(re.findall(r"\b[a-z_]+_total\b", text)) <= metrics
 
 
 # Commands
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """The words after `sessiongate` wherever a line of a code block begins with it, or inline code does."""
+def typed(text: str) -> Iterator[list[str]]:
+    """The words of each line of a code block, and of inline code that begins with a program."""
     blocks = re.findall(r"^ *```sh\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
-    inline = re.findall(r"`(sessiongate [^`]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    programs = r"`((?:sessiongate|docker|kubectl) [^`]+)`"
+    inline = re.findall(programs, re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
     for line in (*lines, *inline):
-        words = shlex.split(line.removeprefix("$ "), comments=True)
-        if words[:1] == ["sessiongate"]:
-            yield words[1:]
+        if words := shlex.split(line.removeprefix("$ "), comments=True):
+            yield words
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words after `sessiongate` wherever somebody types it, on this machine or in a container."""
+    for words in typed(text):
+        if words[0] in {"sessiongate", "docker", "kubectl"} and "sessiongate" in words:
+            yield words[words.index("sessiongate") + 1 :]
 
 
 def command_of(words: list[str]) -> tuple[Any, list[str]]:
@@ -108,7 +120,27 @@ def test_every_command_of_a_runbook_can_be_typed_as_it_stands(page: Path) -> Non
         assert context.params.get("event") in {None, *LOG_EVENTS}
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+DEPLOYING = ROOT / "deploy/README.md"
+
+
+@pytest.mark.parametrize("page", [*PAGES, DEPLOYING], ids=lambda page: page.stem)
+def test_every_container_and_every_address_of_this_machine_is_one_that_the_deployments_have(page: Path) -> None:
+    (compose,) = documents(ROOT / "deploy/compose.yaml")
+    published = {port.split(":")[1] for each in compose["services"].values() for port in each.get("ports", ())}
+    manifests = [each for path in (ROOT / "deploy/kubernetes/base").glob("*.yaml") for each in documents(path)]
+    pods = {each["metadata"]["name"] for each in manifests if each["kind"] in {"Deployment", "Job"}}
+    assert set(re.findall(r"127\.0\.0\.1:(\d+)", page.read_text())) <= published
+    for words in typed(page.read_text()):
+        if words[:2] == ["docker", "compose"]:
+            assert words[2:4] == ["--file", "deploy/compose.yaml"]
+            verb, *rest = takewhile(lambda word: word not in {"|", ">", "<"}, words[4:])
+            named = [word for word in rest if not word.startswith("-")]
+            assert set(named[:1] if verb in {"exec", "run"} else named) <= compose["services"].keys()
+        if words[0] == "kubectl":
+            assert {word.partition("/")[2] for word in words if re.match("(deploy|job)/[^/]+$", word)} <= pods
+
+
+@pytest.mark.parametrize("page", [*sorted((ROOT / "docs").glob("*.md")), DEPLOYING], ids=lambda page: page.stem)
 def test_every_command_that_is_described_exists_with_its_options(page: Path) -> None:
     for words in commands(page.read_text()):
         command, arguments = command_of(words)
