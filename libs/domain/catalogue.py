@@ -231,6 +231,11 @@ _BACKGROUND: Final = emitted_by(
         Label("invariant", tuple(invariant.name for invariant in INVARIANTS)),
     ),
     gauge("audit_last_run_timestamp_seconds", "Unix time of the last finished audit"),
+    gauge("audit_interval_seconds", "How often there is to be an audit; 0 is never"),
+    gauge(
+        "gauges_last_run_timestamp_seconds",
+        "Unix time at which the state of the database was last measured; where it cannot be, its gauges are NaN",
+    ),
 )
 
 _ALERTS: Final = emitted_by(

@@ -187,6 +187,8 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "doorbell_failures_total": ("counter", {}),
     "audit_violations": ("gauge", {"invariant": INVARIANTS}),
     "audit_last_run_timestamp_seconds": ("gauge", {}),
+    "audit_interval_seconds": ("gauge", {}),
+    "gauges_last_run_timestamp_seconds": ("gauge", {}),
     "alerts_received_total": ("counter", {"severity": "info warning high critical", "status": "firing resolved"}),
     "asyncio_tasks": ("gauge", {}),
     "asyncio_loop_lag_seconds": ("histogram", {}),
@@ -262,7 +264,7 @@ LOG_EVENTS = {
     "worker_stopped": ("info", "worker"),
     "log_lines_not_stored": ("warning error", "exception_type waiting"),
     "job_finished": ("info", "task result duration_ms"),
-    "gauges_failed": ("error error", "exception_type"),
+    "gauges_failed": ("error error", "exception_type task"),
     "cron_failed": ("error error", "exception_type task"),
     "audit_violation": ("error error", "invariant violations examples"),
     "audit_failed": ("error error", "exception_type"),
@@ -303,7 +305,7 @@ SPANS = {
 ALERTS = {
     "critical": "AppointmentsDueBacklogCritical AppointmentConversionStalled AppointmentConversionJobMissing"
     " AppointmentConversionFailureRateCritical BillingBlocked LegacyTriggerProcessedSessionAppointment OutboxLag"
-    " TargetDown ApiMissing DbSaturation AuditViolations AlertDeliveryFailing SLOErrorBudgetBurn",
+    " TargetDown ApiMissing DbSaturation AuditViolations AlertDeliveryFailing GaugesStale SLOErrorBudgetBurn",
     "high": "AppointmentsNeedAttention FlagTripped HighErrorRate OutboxDead WebhookDeliveriesFailing MemoryNearLimit",
     "warning": "AppointmentsDueBacklog AppointmentConversionFailureRate ChatBlockedRatio GuardDecisionsDropped"
     " HighResponseTime EventLoopLag AuthFailures ChatConnectionSuccessLow WebhookDestinationForbidden DoorbellFailures"

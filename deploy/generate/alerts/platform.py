@@ -62,14 +62,28 @@ PLATFORM: Final = (
     ),
     Alert(
         name="AuditNotRunning",
-        expr="time() - max(audit_last_run_timestamp_seconds) > 3600",
+        # After an audit that took long its worker rests nine times as long; hence the hour.
+        expr="time() - max(audit_last_run_timestamp_seconds) - 3 * max(audit_interval_seconds) > 3600\n"
+        "and\nmax(audit_interval_seconds) > 0",
         lasting="30m",
         severity="warning",
         component="audit",
         metric="audit_last_run_timestamp_seconds",
         summary="Nobody audits the database",
-        description="The last audit ended more than an hour ago, or there was none.",
+        description="The last audit is an hour older than three intervals between audits, or there was none.",
         runbook="docs/runbooks/audit.md",
+    ),
+    Alert(
+        name="GaugesStale",
+        expr="time() - max(gauges_last_run_timestamp_seconds) > 120",
+        lasting="2m",
+        severity="critical",
+        component="telemetry",
+        metric="gauges_last_run_timestamp_seconds",
+        summary="Nobody knows how the database is doing",
+        description="Backlog, outbox and audit were last measured {{ $value | humanizeDuration }} ago: alerts on them"
+        " are blind.",
+        runbook="docs/runbooks/database.md",
     ),
     Alert(
         name="LogLinesDropped",

@@ -73,12 +73,43 @@ PLATFORM: Final[tuple[Case, ...]] = (
     Quiet("AuditViolations", {'audit_violations{invariant="ledger_sums_to_zero"}': "0+0x5"}, after=5),
     Firing(
         "AuditNotRunning",
-        {"audit_last_run_timestamp_seconds": "0+0x120"},
-        after=91,
-        says="The last audit ended more than an hour ago, or there was none.",
+        {"audit_last_run_timestamp_seconds": "0+0x120", "audit_interval_seconds": "300+0x120"},
+        after=106,
+        says="The last audit is an hour older than three intervals between audits, or there was none.",
         value="5460",
     ),
-    Quiet("AuditNotRunning", {"audit_last_run_timestamp_seconds": "0+60x60 3600+0x60"}, after=120),
+    Quiet(
+        "AuditNotRunning",
+        {"audit_last_run_timestamp_seconds": "0+60x60 3600+0x60", "audit_interval_seconds": "300+0x120"},
+        after=120,
+    ),
+    # Whoever audits every four hours is not late after three, and whoever does not audit is never late.
+    *(
+        Quiet(
+            "AuditNotRunning",
+            {"audit_last_run_timestamp_seconds": "0+0x180", "audit_interval_seconds": f"{interval}+0x180"},
+            after=180,
+        )
+        for interval in (14_400, 0)
+    ),
+    Firing(
+        "GaugesStale",
+        {
+            'gauges_last_run_timestamp_seconds{instance="a"}': "0+60x5 300+0x20",
+            'gauges_last_run_timestamp_seconds{instance="b"}': "0+0x25",
+        },
+        after=10,
+        says="Backlog, outbox and audit were last measured 5m 0s ago: alerts on them are blind.",
+        value="300",
+    ),
+    Quiet(
+        "GaugesStale",
+        {
+            'gauges_last_run_timestamp_seconds{instance="a"}': "0+60x30",
+            'gauges_last_run_timestamp_seconds{instance="b"}': "0+0x30",
+        },
+        after=30,
+    ),
     Firing(
         "LogLinesDropped",
         {'obs_log_lines_dropped_total{level="routine",job="api"}': "0 0 0 0 0 0 0 0 0 0 5 5"},
