@@ -251,6 +251,11 @@ _ALERTS: Final = emitted_by(
 _INFRASTRUCTURE: Final = (
     gauge("db_connections_in_use", "Pool connections checked out", Label("pool", ("api", "worker"))),
     gauge("db_connections_max", "Pool connections at most", Label("pool", ("api", "worker"))),
+    counter(
+        "db_pool_timeouts_total",
+        "Times that somebody waited two seconds for a connection of a pool, and got none",
+        Label("pool", ("api", "worker")),
+    ),
     counter("doorbell_failures_total", "Wake-up calls that Redis did not take"),
     counter(
         "log_lines_not_stored_total",

@@ -182,6 +182,7 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "worker_queue_depth": ("gauge", {"queue": "outbox arq"}),
     "db_connections_in_use": ("gauge", {"pool": "api worker"}),
     "db_connections_max": ("gauge", {"pool": "api worker"}),
+    "db_pool_timeouts_total": ("counter", {"pool": "api worker"}),
     "job_duration_seconds": ("histogram", {"task": "convert_due dispatch_outbox", "result": "ok error retry timeout"}),
     "log_lines_not_stored_total": ("counter", {"level": "routine urgent"}),
     "doorbell_failures_total": ("counter", {}),
@@ -306,7 +307,7 @@ ALERTS = {
     "critical": "AppointmentsDueBacklogCritical AppointmentConversionStalled AppointmentConversionJobMissing"
     " AppointmentConversionFailureRateCritical BillingBlocked LegacyTriggerProcessedSessionAppointment OutboxLag"
     " TargetDown ApiMissing DbSaturation AuditViolations AlertDeliveryFailing GaugesStale SLOErrorBudgetBurn",
-    "high": "AppointmentsNeedAttention FlagTripped HighErrorRate OutboxDead WebhookDeliveriesFailing MemoryNearLimit",
+    "high": "DbPoolTimeouts AppointmentsNeedAttention FlagTripped HighErrorRate OutboxDead WebhookDeliveriesFailing MemoryNearLimit",
     "warning": "AppointmentsDueBacklog AppointmentConversionFailureRate ChatBlockedRatio GuardDecisionsDropped"
     " HighResponseTime EventLoopLag AuthFailures ChatConnectionSuccessLow WebhookDestinationForbidden DoorbellFailures"
     " AuditNotRunning LogLinesDropped SuspiciousAddress PrivilegeAttempts SLOErrorBudgetBurn",

@@ -51,6 +51,17 @@ PLATFORM: Final = (
         runbook="docs/runbooks/database.md",
     ),
     Alert(
+        # A process has two pools, of which one may be empty while half of all connections are free.
+        name="DbPoolTimeouts",
+        expr="sum by (job, instance) (increase(db_pool_timeouts_total[5m])) > 5",
+        severity="high",
+        component="database",
+        metric="db_pool_timeouts_total",
+        summary="Requests find no database connection",
+        description='{{ $labels.instance }} waited in vain {{ $value | printf "%.0f" }} times within five minutes.',
+        runbook="docs/runbooks/database.md",
+    ),
+    Alert(
         name="AuditViolations",
         expr="max by (invariant) (audit_violations) > 0",
         severity="critical",
@@ -108,7 +119,8 @@ PLATFORM: Final = (
     ),
     Alert(
         name="AlertDeliveryFailing",
-        expr="sum by (integration) (increase(alertmanager_notifications_failed_total[10m])) > 0",
+        expr="sum by (integration)"
+        ' (increase(alertmanager_notifications_failed_total{job=~".*alertmanager.*"}[10m])) > 0',
         # Both receivers are told: one of them is likely to be well.
         severity="critical",
         component="telemetry",

@@ -96,6 +96,12 @@ BOARD: Final = board(
                 unit=units.Short,
                 stacked=True,
             ),
+            timeseries(
+                "Waited in vain for a connection",
+                "A pool was exhausted for two seconds; requests are refused with 503.",
+                Query(per_minute("db_pool_timeouts_total", "pool", "instance"), "{{pool}} {{instance}}"),
+                unit=units.CountsPerMinute,
+            ),
             table(
                 "Invariants that are violated",
                 "`sessiongate audit` names the rows, `sessiongate explain` tells their story.",
