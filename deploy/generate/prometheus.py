@@ -12,10 +12,21 @@ from libs.observability.rules import Group
 from services.api.settings import ApiSettings
 from services.worker.settings import WorkerSettings
 
+# What the client library and Prometheus itself add to those of the catalogue.
+_METRICS: Final = (
+    *(spec.name for spec in (*OWN, *CATALOGUE)),
+    *("build_info", "process_cpu_seconds_total", "process_resident_memory_bytes", "up"),
+)
+
+
+def _ours(*groups: Group) -> tuple[Group, ...]:
+    return rules.scoped(groups, _METRICS, 'job=~"sessiongate-.*"')
+
+
 RULES: Final = {
-    "aliases": (rules.aliases((*OWN, *CATALOGUE)),),
-    "objectives": tuple(group for objective in OBJECTIVES for group in objective.groups()),
-    "alerts": tuple(Group(name, alerts) for name, alerts in ALERTS.items()),
+    "aliases": _ours(rules.aliases((*OWN, *CATALOGUE))),
+    "objectives": _ours(*(group for objective in OBJECTIVES for group in objective.groups())),
+    "alerts": _ours(*(Group(name, alerts) for name, alerts in ALERTS.items())),
 }
 """The groups of each rule file."""
 

@@ -231,6 +231,11 @@ _BACKGROUND: Final = emitted_by(
         Label("invariant", tuple(invariant.name for invariant in INVARIANTS)),
     ),
     gauge("audit_last_run_timestamp_seconds", "Unix time of the last finished audit"),
+    gauge("audit_interval_seconds", "How often there is to be an audit; 0 is never"),
+    gauge(
+        "gauges_last_run_timestamp_seconds",
+        "Unix time at which the state of the database was last measured; where it cannot be, its gauges are NaN",
+    ),
 )
 
 _ALERTS: Final = emitted_by(
@@ -246,6 +251,11 @@ _ALERTS: Final = emitted_by(
 _INFRASTRUCTURE: Final = (
     gauge("db_connections_in_use", "Pool connections checked out", Label("pool", ("api", "worker"))),
     gauge("db_connections_max", "Pool connections at most", Label("pool", ("api", "worker"))),
+    counter(
+        "db_pool_timeouts_total",
+        "Times that somebody waited two seconds for a connection of a pool, and got none",
+        Label("pool", ("api", "worker")),
+    ),
     counter("doorbell_failures_total", "Wake-up calls that Redis did not take"),
     counter(
         "log_lines_not_stored_total",

@@ -6,8 +6,8 @@ so nothing that runs on it may leave session state behind. `Database.alone` is f
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, Final, Self, cast
 
 import asyncpg
@@ -83,6 +83,7 @@ class Database:
             return connection
 
         self.max_connections: Final = 2 * pool_size
+        self._timed_out: Callable[[], None] = lambda: None
         self._application = application
         self._connect = connect
         self._transactions: Final = create_async_engine(
@@ -111,19 +112,24 @@ class Database:
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncConnection]:
         """A connection in a transaction: committed at the end, rolled back on any exception."""
-        async with self._transactions.begin() as connection:
+        async with AsyncExitStack() as stack:
+            with self._waiting():
+                connection = await stack.enter_async_context(self._transactions.begin())
             yield connection
 
     @asynccontextmanager
     async def autocommit(self) -> AsyncIterator["asyncpg.Connection[Any]"]:
         """A bare asyncpg connection on which each statement is its own transaction."""
         pool = await self._statements  # opened by the first who comes
-        async with pool.acquire(timeout=POOL_TIMEOUT) as connection:
-            try:
-                yield cast("asyncpg.Connection[Any]", connection)
-            except asyncio.CancelledError:
-                connection.terminate()  # or its return would wait for a server that may be frozen
-                raise
+        with self._waiting():
+            connection = await pool.acquire(timeout=POOL_TIMEOUT)
+        try:
+            yield cast("asyncpg.Connection[Any]", connection)
+        except asyncio.CancelledError:
+            connection.terminate()  # or its return would wait for a server that may be frozen
+            raise
+        finally:
+            await pool.release(connection)
 
     @asynccontextmanager
     async def alone(self, purpose: str, *, patience: float | None = None) -> AsyncIterator["asyncpg.Connection[Any]"]:
@@ -138,9 +144,11 @@ class Database:
             connection.terminate()  # whoever listens or reads has nothing to finish, and the server may be gone
 
     def observed(self, metrics: Metrics, pool: str) -> Self:
-        """Has `metrics` tell how many connections there may be and, whenever it is asked, how many are in use."""
+        """Has `metrics` tell how many connections there may be, whenever it is asked how many are in use, and how often
+        somebody waited for one in vain."""
         metrics.gauge("db_connections_max", pool).set(self.max_connections)
         metrics.gauge("db_connections_in_use", pool).set_function(self.in_use)
+        self._timed_out = metrics.counter("db_pool_timeouts_total", pool).inc
         return self
 
     def in_use(self) -> int:
@@ -150,7 +158,17 @@ class Database:
 
     async def connect(self) -> AsyncConnection:
         """A connection of the transactional pool, not yet in a transaction; the caller closes it."""
-        return await self._transactions.connect()
+        with self._waiting():
+            return await self._transactions.connect()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """While a connection of a pool is waited for."""
+        try:
+            yield
+        except (TimeoutError, PoolTimeout):
+            self._timed_out()
+            raise
 
     async def close(self) -> None:
         """Takes leave of the server, but not for longer than `CLOSE_TIMEOUT` of one that does not answer."""

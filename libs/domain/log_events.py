@@ -96,7 +96,7 @@ _PROCESSES: Final = (
     event("worker_stopped", "info", "worker"),
     event("log_lines_not_stored", "warning", "exception_type", "waiting", category="error"),
     event("job_finished", "info", "task", "result", "duration_ms"),
-    event("gauges_failed", "error", "exception_type"),
+    event("gauges_failed", "error", "exception_type", "task"),
     event("cron_failed", "error", "exception_type", "task"),
     event("audit_violation", "error", "invariant", "violations", "examples"),
     event("audit_failed", "error", "exception_type"),

@@ -663,6 +663,14 @@ cron_runs = Table(
     Column("slot", DateTime(timezone=True), primary_key=True),
 )
 
+# The last audit of a worker: how many rows violate each invariant.
+audits = Table(
+    "audits",
+    metadata,
+    Column("checked_at", DateTime(timezone=True), primary_key=True),
+    Column("violations", JSONB, nullable=False),
+)
+
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,

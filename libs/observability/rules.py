@@ -6,7 +6,7 @@ Prometheus rule file.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from libs.observability.catalogue import MetricSpec
@@ -108,6 +108,25 @@ class Group:
 def document(groups: Iterable[Group]) -> dict[str, Any]:
     """A Prometheus rule file."""
     return {"groups": [group.document() for group in groups]}
+
+
+def scoped(groups: Iterable[Group], metrics: Iterable[str], matcher: str) -> tuple[Group, ...]:
+    """The same groups, in which whatever is selected of these metrics has to meet the matcher too.
+
+    A Prometheus may scrape many products, and several of them a metric of the same name.
+    """
+    selected = re.compile(
+        rf"(?<![\w:])((?:{'|'.join(metrics)})(?:_bucket|_sum|_count)?)(?![\w:])"
+        r"""(?:\{((?:[^"}]|"[^"]*")*)\})?"""
+    )
+
+    def narrowed(found: re.Match[str]) -> str:
+        return f"{found[1]}{{{', '.join(filter(None, (matcher, found[2])))}}}"
+
+    return tuple(
+        replace(group, rules=tuple(replace(rule, expr=selected.sub(narrowed, rule.expr)) for rule in group.rules))
+        for group in groups
+    )
 
 
 def aliases(catalogue: Iterable[MetricSpec]) -> Group:

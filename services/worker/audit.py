@@ -4,6 +4,8 @@ import asyncio
 import time
 from typing import Final
 
+import orjson
+
 from libs.domain import invariants
 from libs.domain.db import Database
 from libs.domain.telemetry import logger
@@ -19,17 +21,22 @@ _LOCK: Final = "SELECT pg_try_advisory_xact_lock($1)"
 # Each interval is a slot of the database's clock, and whoever writes its row audits in it.
 _SLOT: Final = "date_bin(make_interval(secs => $1), clock(), 'epoch')"
 _CLAIM: Final = f"INSERT INTO cron_runs (name, slot) VALUES ('audit', {_SLOT}) ON CONFLICT DO NOTHING RETURNING true"
+_FOUND: Final = """
+    WITH forgotten AS (DELETE FROM audits WHERE checked_at < $1)
+    INSERT INTO audits (checked_at, violations) VALUES ($1, $2)
+"""
 _NEXT_SLOT: Final = f"SELECT extract(epoch FROM {_SLOT} + make_interval(secs => $1) - clock())::float8"
 
 
 class Auditor:
-    """Audits every `interval` seconds, once among all workers; no statement may take longer than `patience` seconds."""
+    """Audits every `interval` seconds, 0 for never, once among all workers; no statement may take longer than
+    `patience` seconds. What was found is a row, and every worker's gauges tell it."""
 
     def __init__(self, database: Database, metrics: Metrics, *, interval: float, patience: float) -> None:
         self._database = database
-        self._metrics = metrics
         self._interval = interval
         self._patience = patience
+        metrics.gauge("audit_interval_seconds").set(interval)
 
     async def run(self) -> None:
         """Audits until cancelled, first in the next slot: workers that restart do not begin with it."""
@@ -48,15 +55,11 @@ class Auditor:
             await asyncio.sleep(REST * (time.monotonic() - began))
 
     async def slot(self) -> None:
-        """Audits if no other worker does in this slot. Whoever does not has nothing to say of violations any more:
-        what one worker found would otherwise be told after another has seen it mended."""
+        """Audits if no other worker does in this slot."""
         async with self._database.autocommit() as connection:
             claimed = await connection.fetchval(_CLAIM, self._interval)
         if claimed:
             await self.audit()
-        else:
-            for invariant in invariants.INVARIANTS:
-                self._metrics.gauge("audit_violations", invariant.name).set(0)
 
     async def audit(self) -> bool:
         """Whether it was this one who did it."""
@@ -64,8 +67,9 @@ class Auditor:
             if not await connection.fetchval(_LOCK, invariants.LOCK_KEY):
                 return False
             result = await invariants.audit(connection)
-        for finding in result.findings:
-            self._metrics.gauge("audit_violations", finding.invariant.name).set(finding.violations)
+        found = orjson.dumps({finding.invariant.name: finding.violations for finding in result.findings}).decode()
+        async with self._database.autocommit() as connection:
+            await connection.execute(_FOUND, result.checked_at, found)
         for finding in result.violated:
             _log.error(
                 "audit_violation",
@@ -73,5 +77,4 @@ class Auditor:
                 violations=finding.violations,
                 examples=finding.examples,
             )
-        self._metrics.gauge("audit_last_run_timestamp_seconds").set(result.checked_at.timestamp())
         return True

@@ -3,11 +3,13 @@
 A heartbeat every second proves that a worker lives and that its pulse beats; as often, flags whose tripwire
 is crossed are turned off. Every 15 seconds the gauges are set and the backlog sampled, runs made at the
 command line are added to the counters, each exactly once, and old idempotency keys, decisions, alerts and lines of
-the log are forgotten.
+the log are forgotten. Each of these is tried whatever becomes of the others.
 """
 
 import asyncio
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from libs.domain import alerts, idempotency
@@ -16,6 +18,7 @@ from libs.domain.conversion.report import count
 from libs.domain.decisions import log as decisions
 from libs.domain.doorbell import Doorbell
 from libs.domain.flags import tripwires
+from libs.domain.invariants import INVARIANTS
 from libs.domain.logs import search as logs
 from libs.domain.runtime import Runtime
 from libs.domain.tables import PENDING_DELIVERY
@@ -41,6 +44,8 @@ _OUTBOX: Final = f"""
     WHERE {PENDING_DELIVERY}
 """
 
+_AUDIT: Final = "SELECT checked_at, violations FROM audits ORDER BY checked_at DESC LIMIT 1"
+
 _COUNT_RUNS: Final = """
     WITH run AS (
         UPDATE conversion_runs SET counted = true
@@ -53,6 +58,19 @@ _COUNT_RUNS: Final = """
 """
 
 
+_MEASURED: Final = (
+    ("appointments_due_count",),
+    ("appointments_overdue",),
+    ("appointments_needs_attention",),
+    ("outbox_dispatch_lag_seconds",),
+    ("outbox_dead",),
+    ("worker_queue_depth", "outbox"),
+    ("worker_queue_depth", "arq"),
+    ("audit_last_run_timestamp_seconds",),
+    *(("audit_violations", invariant.name) for invariant in INVARIANTS),
+)
+
+
 class Gauges:
     def __init__(self, runtime: Runtime, doorbell: Doorbell, worker: str, is_well: Callable[[], bool]) -> None:
         self._runtime = runtime
@@ -62,23 +80,32 @@ class Gauges:
 
     async def run(self) -> None:
         """Beats and measures until cancelled."""
+        database = self._runtime.database
         measured_at = float("-inf")
         loop = asyncio.get_running_loop()
         while True:
-            try:
-                if self._is_well():
-                    await self._execute(_BEAT)
-                if loop.time() - measured_at >= monitor.SAMPLE_SECONDS:
-                    await self.measure()
-                    await idempotency.prune(self._runtime.database)
-                    await decisions.prune(self._runtime.database)
-                    await alerts.prune(self._runtime.database)
-                    await self._prune_log_lines()
-                    measured_at = loop.time()
-                await self.trip_flags()
-            except Exception as error:
-                _log.error("gauges_failed", exc_info=error, exception_type=type(error).__name__)
+            if self._is_well():
+                await self._try("beat", self._execute(_BEAT))
+            if loop.time() - measured_at >= monitor.SAMPLE_SECONDS:
+                measured_at = loop.time()
+                if not await self._try("measure", self.measure()):
+                    for series in _MEASURED:
+                        self._runtime.metrics.gauge(*series).set(math.nan)
+                await self._try("idempotency", idempotency.prune(database))
+                await self._try("decisions", decisions.prune(database))
+                await self._try("alerts", alerts.prune(database))
+                await self._try("log_lines", self._prune_log_lines())
+            await self._try("tripwires", self.trip_flags())
             await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def _try(self, task: str, work: Awaitable[object]) -> bool:
+        """Whether it could be done; if not, why is in the log."""
+        try:
+            await work
+        except Exception as error:
+            _log.error("gauges_failed", exc_info=error, exception_type=type(error).__name__, task=task)
+            return False
+        return True
 
     async def measure(self) -> None:
         metrics, database = self._runtime.metrics, self._runtime.database
@@ -89,13 +116,19 @@ class Gauges:
         async with database.autocommit() as connection:
             outbox = await connection.fetchrow(_OUTBOX)
             runs = await connection.fetch(_COUNT_RUNS)
+            audit = await connection.fetchrow(_AUDIT)
         assert outbox is not None
         metrics.gauge("outbox_dispatch_lag_seconds").set(outbox["lag"])
         metrics.gauge("outbox_dead").set(outbox["dead"])
         metrics.gauge("worker_queue_depth", "outbox").set(outbox["depth"])
         metrics.gauge("worker_queue_depth", "arq").set(await self._doorbell.waiting())
+        if audit is not None:
+            metrics.gauge("audit_last_run_timestamp_seconds").set(audit["checked_at"].timestamp())
+            for invariant in INVARIANTS:
+                metrics.gauge("audit_violations", invariant.name).set(audit["violations"].get(invariant.name, 0))
         for run in runs:
             count(metrics, run["task"], [(run["result"], run["modality"], run["reason"], run["number"])])
+        metrics.gauge("gauges_last_run_timestamp_seconds").set(time.time())
 
     async def _prune_log_lines(self) -> None:
         settings = self._runtime.settings

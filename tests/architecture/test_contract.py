@@ -182,11 +182,14 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "worker_queue_depth": ("gauge", {"queue": "outbox arq"}),
     "db_connections_in_use": ("gauge", {"pool": "api worker"}),
     "db_connections_max": ("gauge", {"pool": "api worker"}),
+    "db_pool_timeouts_total": ("counter", {"pool": "api worker"}),
     "job_duration_seconds": ("histogram", {"task": "convert_due dispatch_outbox", "result": "ok error retry timeout"}),
     "log_lines_not_stored_total": ("counter", {"level": "routine urgent"}),
     "doorbell_failures_total": ("counter", {}),
     "audit_violations": ("gauge", {"invariant": INVARIANTS}),
     "audit_last_run_timestamp_seconds": ("gauge", {}),
+    "audit_interval_seconds": ("gauge", {}),
+    "gauges_last_run_timestamp_seconds": ("gauge", {}),
     "alerts_received_total": ("counter", {"severity": "info warning high critical", "status": "firing resolved"}),
     "asyncio_tasks": ("gauge", {}),
     "asyncio_loop_lag_seconds": ("histogram", {}),
@@ -262,7 +265,7 @@ LOG_EVENTS = {
     "worker_stopped": ("info", "worker"),
     "log_lines_not_stored": ("warning error", "exception_type waiting"),
     "job_finished": ("info", "task result duration_ms"),
-    "gauges_failed": ("error error", "exception_type"),
+    "gauges_failed": ("error error", "exception_type task"),
     "cron_failed": ("error error", "exception_type task"),
     "audit_violation": ("error error", "invariant violations examples"),
     "audit_failed": ("error error", "exception_type"),
@@ -303,8 +306,8 @@ SPANS = {
 ALERTS = {
     "critical": "AppointmentsDueBacklogCritical AppointmentConversionStalled AppointmentConversionJobMissing"
     " AppointmentConversionFailureRateCritical BillingBlocked LegacyTriggerProcessedSessionAppointment OutboxLag"
-    " TargetDown ApiMissing DbSaturation AuditViolations AlertDeliveryFailing SLOErrorBudgetBurn",
-    "high": "AppointmentsNeedAttention FlagTripped HighErrorRate OutboxDead WebhookDeliveriesFailing MemoryNearLimit",
+    " TargetDown ApiMissing DbSaturation AuditViolations AlertDeliveryFailing GaugesStale SLOErrorBudgetBurn",
+    "high": "DbPoolTimeouts AppointmentsNeedAttention FlagTripped HighErrorRate OutboxDead WebhookDeliveriesFailing MemoryNearLimit",
     "warning": "AppointmentsDueBacklog AppointmentConversionFailureRate ChatBlockedRatio GuardDecisionsDropped"
     " HighResponseTime EventLoopLag AuthFailures ChatConnectionSuccessLow WebhookDestinationForbidden DoorbellFailures"
     " AuditNotRunning LogLinesDropped SuspiciousAddress PrivilegeAttempts SLOErrorBudgetBurn",

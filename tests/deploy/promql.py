@@ -58,6 +58,7 @@ class Reading:
     def __init__(self, expression: str, known: Mapping[str, Series]) -> None:
         self._known = known
         self.mistakes: list[str] = []
+        self.selectors: list[parser.VectorSelector] = []
         try:
             parsed = parser.parse(expression)
         except ValueError as error:
@@ -85,6 +86,7 @@ class Reading:
         raise NotImplementedError(type(node).__name__)
 
     def _selected(self, selector: parser.VectorSelector) -> Series:
+        self.selectors.append(selector)
         found = self._known.get(selector.name or "")
         if found is None:
             self.mistakes.append(f"there is no series {selector.name}")

@@ -70,6 +70,7 @@ def known() -> dict[str, Series]:
 
 
 KNOWN: Final = known()
+RECORDED: Final = {rule["record"] for rules in RULES.values() for rule in rules if "record" in rule}
 EXPRESSIONS: Final = (*of_boards(), *of_rules())
 
 
@@ -85,6 +86,12 @@ def test_every_expression_can_mean_something(expression: Expression) -> None:
     answer = reading.answer or Series({})
     assert reading.mistakes == []
     assert [label for label in expression.quoted if not answer.has(label)] == []
+
+
+@pytest.mark.parametrize("expression", [*of_rules()], ids=str)
+def test_every_rule_says_of_which_jobs_it_takes_its_series(expression: Expression) -> None:
+    scraped = [each for each in Reading(expression.text, KNOWN).selectors if each.name not in RECORDED]
+    assert [each.name for each in scraped if "job" not in {matcher.name for matcher in each.matchers.matchers}] == []
 
 
 def test_every_metric_is_looked_at_somewhere() -> None:

@@ -27,6 +27,7 @@ SWEPT = {
     "webhook_secrets": {"INSERT", "UPDATE", "DELETE"},
     "decision_totals": {"INSERT", "UPDATE", "DELETE"},
     "cron_runs": {"INSERT", "DELETE"},
+    "audits": {"INSERT", "DELETE"},
     "alerts": {"INSERT", "UPDATE", "DELETE"},
 }
 

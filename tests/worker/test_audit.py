@@ -1,6 +1,7 @@
 """The worker audits by itself, and says what it found."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -10,14 +11,20 @@ import pytest
 
 from libs.domain.catalogue import CATALOGUE
 from libs.domain.db import Database
+from libs.domain.doorbell import Doorbell
 from libs.domain.invariants import INVARIANTS, LOCK_KEY
+from libs.domain.runtime import Runtime
 from libs.observability.registry import Metrics
 from libs.observability.testing import capture_logs
 from services.worker.audit import Auditor
+from services.worker.gauges import Gauges
 from tests.clinic import Clinic
 from tests.clock import Clock
 from tests.conftest import Urls
 from tests.processes import running_worker, until
+
+Found = Callable[[], Awaitable[dict[str, float]]]
+"""The violations that a worker's gauges tell, by the name of the invariant."""
 
 TIMES: Final = {"interval": 300.0, "patience": 60.0}
 
@@ -27,15 +34,27 @@ def auditor(clinic: Clinic) -> Auditor:
     return Auditor(clinic.database, clinic.metrics, **TIMES)
 
 
+@pytest.fixture
+async def found(runtime: Runtime, doorbell: Doorbell, clinic: Clinic) -> Found:
+    gauges = Gauges(runtime, doorbell, "tests", lambda: True)
+
+    async def measured() -> dict[str, float]:
+        await gauges.measure()
+        samples = {each.name: clinic.metrics.sample("audit_violations", invariant=each.name) for each in INVARIANTS}
+        return {name: number for name, number in samples.items() if number}
+
+    return measured
+
+
 async def test_violations_are_counted_and_logged_until_they_are_mended(
-    clinic: Clinic, owner: "asyncpg.Connection[Any]", auditor: Auditor
+    clinic: Clinic, owner: "asyncpg.Connection[Any]", auditor: Auditor, found: Found
 ) -> None:
     session = await clinic.session()
     await owner.execute("UPDATE conversations SET last_seq = 7")
     with capture_logs() as logs:
         assert await auditor.audit()
         (line,) = logs.lines()
-    assert found(clinic) == {"messages_numbered": 1}
+    assert await found() == {"messages_numbered": 1}
     conversation_id = await clinic.fetchval("SELECT id FROM conversations WHERE session_id = $1", session.ref.id)
     assert (line["event"], line["level"]) == ("audit_violation", "error")
     assert (line["invariant"], line["violations"]) == ("messages_numbered", 1)
@@ -43,14 +62,9 @@ async def test_violations_are_counted_and_logged_until_they_are_mended(
 
     await owner.execute("UPDATE conversations SET last_seq = 0")
     assert await auditor.audit()
-    assert found(clinic) == {}
+    assert await found() == {}
     at = clinic.metrics.sample("audit_last_run_timestamp_seconds")
     assert at == pytest.approx((await clinic.fetchval("SELECT clock()")).timestamp(), abs=60)
-
-
-def found(clinic: Clinic) -> dict[str, float]:
-    samples = {each.name: clinic.metrics.sample("audit_violations", invariant=each.name) for each in INVARIANTS}
-    return {name: number for name, number in samples.items() if number}
 
 
 async def test_only_one_worker_audits_at_a_time(
@@ -59,27 +73,28 @@ async def test_only_one_worker_audits_at_a_time(
     async with owner.transaction():
         await owner.execute("SELECT pg_advisory_xact_lock($1)", LOCK_KEY)
         assert not await auditor.audit()
-    assert clinic.metrics.sample("audit_last_run_timestamp_seconds") == 0
+    assert await clinic.fetchval("SELECT count(*) FROM audits") == 0
     assert await auditor.audit()
 
 
-async def test_one_worker_audits_in_each_slot_and_the_others_say_nothing(
-    clinic: Clinic, owner: "asyncpg.Connection[Any]", clock: Clock, auditor: Auditor
+async def test_one_worker_audits_in_each_slot_and_all_tell_what_it_found(
+    clinic: Clinic, owner: "asyncpg.Connection[Any]", clock: Clock, auditor: Auditor, found: Found
 ) -> None:
     await clinic.session()
     await owner.execute("UPDATE conversations SET last_seq = 7")
-    other = Auditor(clinic.database, metrics := Metrics(CATALOGUE, version="test", service="other"), **TIMES)
-    await auditor.slot()
+    other = Auditor(clinic.database, Metrics(CATALOGUE, version="test", service="other"), **TIMES)
     await other.slot()
-    assert found(clinic) == {"messages_numbered": 1}
-    assert metrics.sample("audit_last_run_timestamp_seconds") == 0
+    audited_at = await clinic.fetchval("SELECT checked_at FROM audits")
+    await auditor.slot()
+    assert await found() == {"messages_numbered": 1}, "Whoever did not audit in this slot tells it as well."
+    assert clinic.metrics.sample("audit_last_run_timestamp_seconds") == audited_at.timestamp()
 
     await owner.execute("UPDATE conversations SET last_seq = 0")
     await clock.advance(timedelta(minutes=5))
     await other.slot()
-    await auditor.slot()
-    assert metrics.sample("audit_last_run_timestamp_seconds") > 0
-    assert found(clinic) == {}
+    assert await clinic.fetchval("SELECT count(*) FROM audits WHERE checked_at > $1", audited_at) == 1
+    assert await clinic.fetchval("SELECT count(*) FROM audits") == 1, "Only the last one is kept."
+    assert await found() == {}
 
 
 async def test_it_goes_on_after_an_audit_that_fails(clinic: Clinic, urls: Urls) -> None:
@@ -111,6 +126,5 @@ async def test_the_worker_audits_at_its_interval_or_not_at_all(
 
         assert await one.sample("audit_violations", invariant="unit_paid_once") == 0, "It is there from the start."
         await until(audited_twice)
-        assert await one.sample("audit_violations", invariant="messages_numbered") == 1
-        assert await no.sample("audit_violations", invariant="messages_numbered") == 0
-        assert await no.sample("audit_last_run_timestamp_seconds") == 0
+        assert not no.lines("audit_violation")
+        assert [await each.sample("audit_interval_seconds") for each in (one, no)] == [1, 0]

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -16,30 +17,14 @@ from libs.domain.jobs import ConvertDue, DispatchOutbox
 from libs.domain.outbox import dead
 from libs.domain.outbox.append import address
 from libs.domain.outbox.events import Consumer, EventName, Lane
-from libs.domain.runtime import Runtime, compose
-from libs.domain.settings import Settings
+from libs.domain.runtime import Runtime
 from libs.domain.transaction import transaction
-from libs.guardrails import Flags
 from libs.observability.testing import capture_logs
 from services.worker.gauges import Gauges
 from services.worker.pulse import LONGEST_SLEEP, Pulse
 from tests.clinic import ACTIVATE, MINUTE, Clinic
 from tests.clock import Clock
-from tests.conftest import Urls
 from tests.processes import until
-
-
-@pytest.fixture
-def runtime(clinic: Clinic, urls: Urls) -> Runtime:
-    addresses: Any = {"database_url": urls.app, "redis_url": urls.redis}
-    return compose(Settings(**addresses), Flags(), metrics=clinic.metrics, database=clinic.database, bell=clinic.bell)
-
-
-@pytest.fixture
-async def doorbell(clinic: Clinic, urls: Urls) -> AsyncIterator[Doorbell]:
-    doorbell = Doorbell(urls.redis, clinic.metrics)
-    yield doorbell
-    await doorbell.close()
 
 
 @pytest.fixture
@@ -174,6 +159,33 @@ async def test_a_worker_whose_pulse_is_not_well_does_not_say_that_it_lives(
     await gauge("ill", lambda: False)
     await gauge("sound", lambda: True)
     assert [row["name"] for row in await clinic.fetch("SELECT name FROM workers")] == ["sound"]
+
+
+async def test_what_cannot_be_measured_is_no_number_and_hinders_nothing_else(
+    clinic: Clinic, runtime: Runtime, doorbell: Doorbell, owner: "asyncpg.Connection[Any]"
+) -> None:
+    gauges = Gauges(runtime, doorbell, "tests", lambda: True)
+    await gauges.measure()
+    assert clinic.metrics.sample("outbox_dead") == 0
+    measured_at = clinic.metrics.sample("gauges_last_run_timestamp_seconds")
+    assert measured_at == pytest.approx(time.time(), abs=60)
+    await owner.execute(
+        "INSERT INTO idempotency_keys (user_id, operation, key, tenant_id, fingerprint, status, body, created_at)"
+        " SELECT id, 'book', 'old', tenant_id, '', 200, '', clock() - interval '30 days' FROM users LIMIT 1"
+    )
+    await owner.execute("ALTER TABLE conversion_samples RENAME TO gone")
+    try:
+        with capture_logs() as logs:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.9):
+                    await gauges.run()
+            assert [line["task"] for line in logs.lines("gauges_failed")] == ["measure"]
+    finally:
+        await owner.execute("ALTER TABLE gone RENAME TO conversion_samples")
+    assert math.isnan(clinic.metrics.sample("outbox_dead"))
+    assert math.isnan(clinic.metrics.sample("appointments_due_count"))
+    assert clinic.metrics.sample("gauges_last_run_timestamp_seconds") == measured_at
+    assert await clinic.fetchval("SELECT count(*) FROM idempotency_keys") == 0
 
 
 async def test_jobs_that_nobody_takes_are_measured(clinic: Clinic, runtime: Runtime, doorbell: Doorbell) -> None:

@@ -51,6 +51,17 @@ PLATFORM: Final = (
         runbook="docs/runbooks/database.md",
     ),
     Alert(
+        # A process has two pools, of which one may be empty while half of all connections are free.
+        name="DbPoolTimeouts",
+        expr="sum by (job, instance) (increase(db_pool_timeouts_total[5m])) > 5",
+        severity="high",
+        component="database",
+        metric="db_pool_timeouts_total",
+        summary="Requests find no database connection",
+        description='{{ $labels.instance }} waited in vain {{ $value | printf "%.0f" }} times within five minutes.',
+        runbook="docs/runbooks/database.md",
+    ),
+    Alert(
         name="AuditViolations",
         expr="max by (invariant) (audit_violations) > 0",
         severity="critical",
@@ -62,14 +73,28 @@ PLATFORM: Final = (
     ),
     Alert(
         name="AuditNotRunning",
-        expr="time() - max(audit_last_run_timestamp_seconds) > 3600",
+        # After an audit that took long its worker rests nine times as long; hence the hour.
+        expr="time() - max(audit_last_run_timestamp_seconds) - 3 * max(audit_interval_seconds) > 3600\n"
+        "and\nmax(audit_interval_seconds) > 0",
         lasting="30m",
         severity="warning",
         component="audit",
         metric="audit_last_run_timestamp_seconds",
         summary="Nobody audits the database",
-        description="The last audit ended more than an hour ago, or there was none.",
+        description="The last audit is an hour older than three intervals between audits, or there was none.",
         runbook="docs/runbooks/audit.md",
+    ),
+    Alert(
+        name="GaugesStale",
+        expr="time() - max(gauges_last_run_timestamp_seconds) > 120",
+        lasting="2m",
+        severity="critical",
+        component="telemetry",
+        metric="gauges_last_run_timestamp_seconds",
+        summary="Nobody knows how the database is doing",
+        description="Backlog, outbox and audit were last measured {{ $value | humanizeDuration }} ago: alerts on them"
+        " are blind.",
+        runbook="docs/runbooks/database.md",
     ),
     Alert(
         name="LogLinesDropped",
@@ -94,7 +119,8 @@ PLATFORM: Final = (
     ),
     Alert(
         name="AlertDeliveryFailing",
-        expr="sum by (integration) (increase(alertmanager_notifications_failed_total[10m])) > 0",
+        expr="sum by (integration)"
+        ' (increase(alertmanager_notifications_failed_total{job=~".*alertmanager.*"}[10m])) > 0',
         # Both receivers are told: one of them is likely to be well.
         severity="critical",
         component="telemetry",

@@ -53,6 +53,19 @@ BOARD: Final = board(
                 limits=above(1800),
             ),
             stat(
+                "Between audits",
+                "How often workers are to audit; 0 is never.",
+                largest("audit_interval_seconds"),
+                unit=units.Seconds,
+            ),
+            stat(
+                "Since the last measurement",
+                "Workers measure the state of the database every 15 seconds.",
+                f"time() - {largest('gauges_last_run_timestamp_seconds')}",
+                unit=units.Seconds,
+                limits=above(60, 120),
+            ),
+            stat(
                 "Telemetry lost, 1 h",
                 "Log lines and spans that had no room. What you see is then not all that happened.",
                 increase("obs_log_lines_dropped_total", over="1h")
@@ -82,6 +95,12 @@ BOARD: Final = board(
                 Query(total("db_connections_max", "pool"), "{{pool}}"),
                 unit=units.Short,
                 stacked=True,
+            ),
+            timeseries(
+                "Waited in vain for a connection",
+                "A pool was exhausted for two seconds; requests are refused with 503.",
+                Query(per_minute("db_pool_timeouts_total", "pool", "instance"), "{{pool}} {{instance}}"),
+                unit=units.CountsPerMinute,
             ),
             table(
                 "Invariants that are violated",

@@ -1,4 +1,5 @@
-"""What an alert must tell, and what it must not: series by the minute, in the notation of promtool."""
+"""What an alert must tell, and what it must not: series by the minute, in the notation of promtool. They are those of a
+worker where they do not say which `job` they are of."""
 
 from dataclasses import dataclass
 

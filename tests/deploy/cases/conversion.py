@@ -14,7 +14,10 @@ ONE_BROKEN: Final = " ".join(str(sum(at <= minute for at in (1, 2, 4, 8, 16, 32,
 CONVERSION: Final[tuple[Case, ...]] = (
     Firing(
         "AppointmentsDueBacklog",
-        {'appointments_due_count{job="api"}': "0+0x10", 'appointments_due_count{job="worker"}': "11+0x10"},
+        {
+            'appointments_due_count{job="sessiongate-api"}': "0+0x10",
+            'appointments_due_count{job="sessiongate-worker"}': "11+0x10",
+        },
         after=6,
         says="11 confirmed appointments are due and have no session.",
         value="11",
@@ -61,7 +64,7 @@ CONVERSION: Final[tuple[Case, ...]] = (
         "AppointmentConversionJobMissing",
         {
             'appointment_conversion_last_run_timestamp_seconds{task="auto_start"}': "0+60x30",
-            'appointment_conversion_last_run_timestamp_seconds{task="auto_start",job="api"}': "0+0x30",
+            'appointment_conversion_last_run_timestamp_seconds{task="auto_start",job="sessiongate-api"}': "0+0x30",
         },
         after=30,
     ),

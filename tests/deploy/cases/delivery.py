@@ -60,11 +60,16 @@ DELIVERY: Final[tuple[Case, ...]] = (
     Quiet("WebhookDestinationForbidden", {'webhook_deliveries_total{result="rejected"}': "0+2x20"}, after=20),
     Firing(
         "DoorbellFailures",
-        {'doorbell_failures_total{job="api"}': "0+2x20", 'doorbell_failures_total{job="worker"}': "0+0x20"},
+        {
+            'doorbell_failures_total{job="sessiongate-api"}': "0+2x20",
+            'doorbell_failures_total{job="sessiongate-worker"}': "0+0x20",
+        },
         after=11,
-        says="api cannot ring: notifications may be a second late, messages to sockets two.",
+        says="sessiongate-api cannot ring: notifications may be a second late, messages to sockets two.",
         value="10",
-        labels=(("job", "api"),),
+        labels=(("job", "sessiongate-api"),),
     ),
-    Quiet("DoorbellFailures", {'doorbell_failures_total{job="api"}': "0 0 1 1 1 1 1 1 1 1 1 1 1"}, after=11),
+    Quiet(
+        "DoorbellFailures", {'doorbell_failures_total{job="sessiongate-api"}': "0 0 1 1 1 1 1 1 1 1 1 1 1"}, after=11
+    ),
 )

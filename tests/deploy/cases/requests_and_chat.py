@@ -49,15 +49,19 @@ REQUESTS_AND_CHAT: Final[tuple[Case, ...]] = (
     ),
     Firing(
         "EventLoopLag",
-        _durations("asyncio_loop_lag_seconds", 'job="api",instance="api:8000",', below="0.5", above="1.0", many=10),
+        _durations(
+            "asyncio_loop_lag_seconds", 'job="sessiongate-api",instance="api:8000",', below="0.5", above="1.0", many=10
+        ),
         after=15,
         says="The event loop of api:8000 lags by 995ms.",
         value="0.995",
-        labels=(("job", "api"), ("instance", "api:8000")),
+        labels=(("job", "sessiongate-api"), ("instance", "api:8000")),
     ),
     Quiet(
         "EventLoopLag",
-        _durations("asyncio_loop_lag_seconds", 'job="api",instance="api:8000",', below="0.1", above="0.25", many=10),
+        _durations(
+            "asyncio_loop_lag_seconds", 'job="sessiongate-api",instance="api:8000",', below="0.1", above="0.25", many=10
+        ),
         after=30,
     ),
     Firing(
