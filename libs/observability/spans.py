@@ -5,10 +5,10 @@ are handed to an exporter.
 """
 
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -20,12 +20,17 @@ from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, S
 from opentelemetry.util._decorator import _agnosticcontextmanager
 from opentelemetry.util.types import Attributes
 
+from libs.observability.redaction import scrub_error
 from libs.observability.sampling import Tail, Trace, is_chosen
+from libs.observability.stacks import Stack, type_of
 
 _CHOSEN: Final = TraceFlags(TraceFlags.SAMPLED)
 _NOT_CHOSEN: Final = TraceFlags(TraceFlags.DEFAULT)
 _UNSET: Final = Status()
 _IDS: Final = RandomIdGenerator()
+
+_TOLD_IN: Final = "_told_in_trace"
+"""The attribute of an exception that says in which trace it was recorded."""
 
 new_trace_id: Final = _IDS.generate_trace_id
 
@@ -90,9 +95,16 @@ class RecordedSpan(trace.Span):
             self.name = name
 
     def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
+        """Of a description the first line: instrumentation gives all that an exception says, and the further lines
+        of that quote what people wrote."""
         new = status if isinstance(status, Status) else Status(status, description)
+        known = self.status
         # What was declared to be well stays so, and nothing takes an error back but that.
-        if not (self.end_ns or new.is_unset or self.status.status_code is StatusCode.OK):
+        if self.end_ns or new.is_unset or known.status_code is StatusCode.OK:
+            return
+        if new.description is not None:
+            self.status = Status(new.status_code, new.description.partition("\n")[0])
+        elif known.status_code is not new.status_code:  # or who knows less would overwrite why it is an error
             self.status = new
 
     def record_exception(
@@ -102,14 +114,20 @@ class RecordedSpan(trace.Span):
         timestamp: int | None = None,
         escaped: bool = False,
     ) -> None:
-        module, name = type(exception).__module__, type(exception).__qualname__
+        """The innermost span of a trace that an exception leaves tells of it; those around it only have failed."""
+        trace_id = self.context.trace_id
+        if self.end_ns or getattr(exception, _TOLD_IN, None) == trace_id:
+            return
+        with suppress(AttributeError):  # exceptions may be immutable
+            setattr(exception, _TOLD_IN, trace_id)
         described = {
-            "exception.type": name if module == "builtins" else f"{module}.{name}",
-            "exception.message": str(exception),
-            "exception.stacktrace": "".join(traceback.format_exception(exception)),
+            "exception.type": type_of(exception),
+            "exception.message": scrub_error(exception),
+            "exception.stacktrace": Stack(exception),
             "exception.escaped": str(escaped),
         }
-        self.add_event("exception", described | dict(attributes or {}), timestamp)
+        # The exporter asks for the text of the stack, in a thread of its own.
+        self.add_event("exception", cast(Attributes, described | dict(attributes or {})), timestamp)
 
     def end(self, end_time: int | None = None) -> None:
         if not self.end_ns:

@@ -23,7 +23,7 @@ from opentelemetry.trace import INVALID_SPAN, Link, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from libs.observability.context import CORRELATION_ID, TENANT_ID, TRACEPARENT, fields, traceparent
-from libs.observability.redaction import RedactingSpanExporter, Redactor
+from libs.observability.redaction import RedactingSpanExporter, Redactor, scrub_error
 from libs.observability.registry import Metrics
 from libs.observability.sampling import Tail
 from libs.observability.spans import RecordedSpan, Recorder, id_of_next_root, new_trace_id
@@ -292,6 +292,11 @@ def is_sampled(carrier: Mapping[str, str]) -> bool:
     return _span_of(carrier).get_span_context().trace_flags.sampled
 
 
+def record_error(error: Exception) -> None:
+    """Tells of an exception that is dealt with within the current span, and marks that as failed."""
+    _fail(trace.get_current_span(), error)
+
+
 def exemplar(carrier: Mapping[str, str] | None = None) -> dict[str, str] | None:
     """What leads from an observation to a trace, the current one or that of a carrier; None unless it is kept in any
     case."""
@@ -307,13 +312,17 @@ def _current(begun: trace.Span) -> Iterator[trace.Span]:
     try:
         yield begun
     except Exception as error:
-        if _tracing is None or not isinstance(error, _tracing.expected):
-            begun.record_exception(error)
-            begun.set_status(StatusCode.ERROR, f"{type(error).__name__}: {error}")
+        _fail(begun, error)
         raise
     finally:
         detach(token)
         begun.end()
+
+
+def _fail(span: trace.Span, error: Exception) -> None:
+    if _tracing is None or not isinstance(error, _tracing.expected):
+        span.record_exception(error)
+        span.set_status(StatusCode.ERROR, f"{type(error).__name__}: {scrub_error(error)}")
 
 
 def _placed(

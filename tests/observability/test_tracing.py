@@ -24,6 +24,7 @@ from libs.observability.tracing import (
     Tracing,
     exemplar,
     is_sampled,
+    record_error,
     record_span,
     span,
     tracer_provider,
@@ -239,6 +240,47 @@ def test_an_exception_marks_the_span_and_goes_on_masked(kept: Tracing, receiver:
     assert event.name == "exception"
     assert PHONE[1:] not in str(failed)
     assert only(receiver, "cancelled").status.code == 0
+
+
+def test_of_what_an_exception_says_the_first_line_is_told_and_that_once(kept: Tracing, receiver: OtlpReceiver) -> None:
+    tracer = tracer_provider().get_tracer("library")
+    row = "I feel unwell"
+    with (
+        pytest.raises(ValueError, match="refused"),
+        tracer.start_as_current_span("of a library"),
+        span("outer"),
+        span("inner"),
+    ):
+        raise ValueError(f"refused\nDETAIL: Failing row contains ({row}).\n[SQL: INSERT …]")
+    kept.shutdown()
+    (event,) = only(receiver, "inner").events
+    described = {item.key: item.value.string_value for item in event.attributes}
+    assert described["exception.type"] == "ValueError"
+    assert described["exception.message"] == "refused"
+    assert "in test_of_what_an_exception_says" in described["exception.stacktrace"]
+    assert described["exception.stacktrace"].endswith("ValueError: refused")
+    for name in ("of a library", "outer", "inner"):
+        failed = only(receiver, name)
+        assert (failed.status.code, failed.status.message) == (2, "ValueError: refused")
+        assert ("exception" in [each.name for each in failed.events]) is (name == "inner")
+        assert row not in str(failed)
+
+
+def test_an_exception_is_told_in_each_trace_that_it_ends(kept: Tracing, receiver: OtlpReceiver) -> None:
+    error = ValueError("shared")
+    for _ in range(2):
+        with suppress(ValueError), span("root", root=True):
+            raise error
+    kept.shutdown()
+    assert [len(each.events) for each in receiver.spans("root")] == [1, 1]
+
+
+def test_an_error_that_says_nothing_leaves_what_an_earlier_one_says(kept: Tracing, receiver: OtlpReceiver) -> None:
+    with span("work") as work:
+        record_error(ValueError("broken"))
+        work.set_status(trace.StatusCode.ERROR)
+    kept.shutdown()
+    assert only(receiver, "work").status.message == "ValueError: broken"
 
 
 def test_links_name_other_traces_and_leave_out_what_is_none(kept: Tracing, receiver: OtlpReceiver) -> None:
