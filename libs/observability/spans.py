@@ -35,7 +35,7 @@ _TOLD_IN: Final = "_told_in_trace"
 new_trace_id: Final = _IDS.generate_trace_id
 
 id_of_next_root: Final[ContextVar[int | None]] = ContextVar("id_of_next_root", default=None)
-"""The trace id of the next root, if it was decided on before somebody else's code begins it."""
+"""The trace id of the next root that instrumentation begins, if it was decided on before."""
 
 
 class RecordedSpan(trace.Span):
@@ -184,9 +184,11 @@ class Recorder(trace.TracerProvider):
         *,
         start_ns: int | None = None,
         span_id: int | None = None,
+        trace_id: int | None = None,
         recorded: bool = True,
     ) -> trace.Span:
-        """A span within another, be that of this process or not, or a root if that is not valid. What is within a span
+        """A span within another, be that of this process or not, or a root if that is not valid: of a new trace, unless
+        `trace_id` was decided on. What is within a span
         of this process that is not recorded is not recorded either; nor is a call to another system that belongs to
         nothing, such as when a loop looks whether there is something to do."""
         parent: SpanContext | None = within.get_span_context()
@@ -194,8 +196,7 @@ class Recorder(trace.TracerProvider):
             trace_id = parent.trace_id
             recorded = recorded and (parent.is_remote or isinstance(within, RecordedSpan))
         else:
-            trace_id, parent = id_of_next_root.get() or new_trace_id(), None
-            id_of_next_root.set(None)
+            trace_id, parent = trace_id or new_trace_id(), None
             recorded = recorded and kind is not SpanKind.CLIENT
         span_id = span_id or _IDS.generate_span_id()
         if self._tail is None or not recorded:
@@ -226,8 +227,19 @@ class Tracer(trace.Tracer):
         set_status_on_exception: bool = True,
     ) -> trace.Span:
         within = trace.get_current_span(context)
-        described = dict(attributes or {})
-        return self._recorder.begin(name, self._scope, within, kind, described, links or (), start_ns=start_time)
+        trace_id = None
+        if not within.get_span_context().is_valid and (trace_id := id_of_next_root.get()):
+            id_of_next_root.set(None)
+        return self._recorder.begin(
+            name,
+            self._scope,
+            within,
+            kind,
+            dict(attributes or {}),
+            links or (),
+            start_ns=start_time,
+            trace_id=trace_id,
+        )
 
     @_agnosticcontextmanager
     def start_as_current_span(

@@ -274,22 +274,19 @@ def served(name: str, headers: Mapping[str, str], *, recorded: bool) -> Iterator
         return
     provider = _tracing.provider
     within = _span_of(headers) if TRACEPARENT in headers else INVALID_SPAN
-    trace_id = within.get_span_context().trace_id or new_trace_id()
-    token = id_of_next_root.set(trace_id)
-    try:
-        if recorded and provider.chooses(trace_id):
+    continued = within.get_span_context().trace_id
+    trace_id = continued or new_trace_id()
+    if recorded and provider.chooses(trace_id):
+        # Of a trace that is continued, instrumentation learns from the headers as well.
+        token = id_of_next_root.set(None if continued else trace_id)
+        try:
             yield
-        else:
-            begun = provider.begin(name, _SCOPE, within, SpanKind.SERVER, {}, (), recorded=recorded)
-            with suppress_http_instrumentation(), _current(begun):
-                yield
-    finally:
-        id_of_next_root.reset(token)
-
-
-def is_sampled(carrier: Mapping[str, str]) -> bool:
-    """Whether the trace of the carrier is kept in any case. The flags are a bit field; other bits occur."""
-    return _span_of(carrier).get_span_context().trace_flags.sampled
+        finally:
+            id_of_next_root.reset(token)
+    else:
+        begun = provider.begin(name, _SCOPE, within, SpanKind.SERVER, {}, (), trace_id=trace_id, recorded=recorded)
+        with suppress_http_instrumentation(), _current(begun):
+            yield
 
 
 def record_error(error: Exception) -> None:

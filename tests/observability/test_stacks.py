@@ -53,7 +53,7 @@ def again_and_again(times: int = 50) -> None:
 
 
 def stack_of(broken: Callable[[], None]) -> str:
-    with pytest.raises(Exception) as raised:  # noqa: PT011
+    with pytest.raises(Exception) as raised:
         broken()
     return str(Stack(raised.value))
 

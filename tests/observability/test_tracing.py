@@ -23,7 +23,6 @@ from libs.observability.tracing import (
     SHUTDOWN_SECONDS,
     Tracing,
     exemplar,
-    is_sampled,
     record_error,
     record_span,
     span,
@@ -49,7 +48,6 @@ def test_without_a_collector_nothing_is_recorded_but_ids_exist(configure: Config
     with span("work") as current:
         assert not current.is_recording()
         assert current.get_span_context().is_valid
-        assert not is_sampled(carrier())
         assert exemplar() is None
         outer = carrier()["traceparent"]
         with span("more"):
@@ -119,7 +117,7 @@ def roots(number: int) -> list[bool]:
     flags = []
     for _ in range(number):
         with span("root", root=True):
-            flags.append(is_sampled(carrier()))
+            flags.append(exemplar() is not None)
     return flags
 
 
@@ -149,9 +147,9 @@ def test_whether_a_trace_is_kept_hangs_on_its_id_and_not_on_what_the_sender_says
         for flags in ("00", "01", "02", "03"):
             with span("work", parent=traceparent(trace_id, flags)):
                 assert carrier()["traceparent"].split("-")[1] == f"{trace_id:032x}"
-                assert is_sampled(carrier()) is kept_by_id(trace_id, 0.3)
+                assert (exemplar() is not None) is kept_by_id(trace_id, 0.3)
                 with span("more"):
-                    assert is_sampled(carrier()) is kept_by_id(trace_id, 0.3)
+                    assert (exemplar() is not None) is kept_by_id(trace_id, 0.3)
     assert 0 < sum(kept_by_id(trace_id, 0.3) for trace_id in ids) < 300
 
 
@@ -351,7 +349,7 @@ def test_what_is_over_is_exported_as_the_rest_of_its_trace_is(configure: Configu
 
 @pytest.mark.parametrize(("flags", "sampled"), [("00", False), ("01", True), ("02", False), ("03", True)])
 def test_the_flags_of_a_trace_are_bits(flags: str, sampled: bool) -> None:
-    assert is_sampled(traceparent(0xA1, flags)) is sampled
+    assert (exemplar(traceparent(0xA1, flags)) is not None) is sampled
 
 
 def test_an_exemplar_points_to_kept_traces_alone(configure: Configure, receiver: OtlpReceiver) -> None:
