@@ -11,8 +11,8 @@ from typing import Final
 
 from libs.observability.redaction import scrub_error
 
-FRAMES: Final = 15
-"""Innermost frames of an exception that are told: so many of three of them fit into what is exported of a text."""
+FRAMES: Final = 25
+"""Innermost frames of an exception that are told."""
 LINKS: Final = 8
 """Exceptions that are told of those that led to one."""
 
@@ -65,4 +65,5 @@ def _chain(error: BaseException) -> Sequence[BaseException]:
 def _frame(place: Place) -> str:
     code, line = place
     source = linecache.getline(code.co_filename, line).strip()
-    return f'  File "{code.co_filename}", line {line}, in {code.co_name}\n    {source}\n'
+    shown = code.co_filename.rpartition("site-packages/")[2]  # or the stack would be too long to be exported whole
+    return f'  File "{shown}", line {line}, in {code.co_name}\n    {source}\n'

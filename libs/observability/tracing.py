@@ -75,9 +75,10 @@ _tracing: Tracing | None = None
 class _BoundedQueue(BatchSpanProcessor):
     """The SDK's queue of ended spans, but one that tells what it loses, and loses the newest."""
 
-    def __init__(self, exporter: SpanExporter, on_lost: Callable[[], None]) -> None:
-        super().__init__(_Taking(exporter, self), QUEUE_SPANS, schedule_delay_millis=1000)
-        self._on_lost = on_lost
+    def __init__(self, exporter: SpanExporter, metrics: Metrics) -> None:
+        not_exported = metrics.counter("obs_spans_dropped_total", "export_failed")
+        super().__init__(_Taking(exporter, self, not_exported.inc), QUEUE_SPANS, schedule_delay_millis=1000)
+        self._on_lost = metrics.counter("obs_spans_dropped_total", "queue_full").inc
         self._lock = threading.Lock()
         self._waiting = 0
 
@@ -99,15 +100,22 @@ class _BoundedQueue(BatchSpanProcessor):
 
 
 class _Taking(SpanExporter):
-    """An exporter that says what it takes from the queue."""
+    """An exporter that says what it takes from the queue, and how much of it the collector does not get."""
 
-    def __init__(self, exporter: SpanExporter, queue: _BoundedQueue) -> None:
+    def __init__(self, exporter: SpanExporter, queue: _BoundedQueue, on_failed: Callable[[int], None]) -> None:
         self._exporter = exporter
         self._queue = queue
+        self._on_failed = on_failed
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self._queue.taken(len(spans))
-        return self._exporter.export(spans)
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._exporter.export(spans)
+        finally:
+            if result is not SpanExportResult.SUCCESS:
+                self._on_failed(len(spans))
+        return result
 
     def shutdown(self) -> None:
         self._exporter.shutdown()
@@ -129,8 +137,7 @@ def configure_tracing(
     if endpoint:
         # Instrumentations still have the names of attributes that became stable as an option.
         os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
-        lost = metrics.counter("obs_spans_dropped_total", "queue_full")
-        queue = _BoundedQueue(RedactingSpanExporter(_exporter(), Redactor()), on_lost=lost.inc)
+        queue = _BoundedQueue(RedactingSpanExporter(_exporter(), Redactor()), metrics)
         tail = Tail[RecordedSpan](lambda span: queue.on_end(span.readable(resource)), metrics)
         _tracing = Tracing(Recorder(tail, ratio), resource, expected, tail, queue)
     else:

@@ -15,6 +15,7 @@ from opentelemetry.trace import SpanKind
 
 from libs.observability import tracing
 from libs.observability.context import bind, carrier
+from libs.observability.redaction import RedactingSpanExporter
 from libs.observability.registry import Metrics
 from libs.observability.testing import OtlpReceiver, attributes, capture_logs
 from libs.observability.tracing import (
@@ -421,6 +422,42 @@ def test_a_collector_that_fails_holds_up_nobody(
     assert ended_after < SHUTDOWN_SECONDS
     # What does not wait and is not with the exporter is lost, and counted.
     assert 0 < lost <= 5000 - QUEUE_SPANS
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_what_a_collector_does_not_get_is_counted(configure: Configure, metrics: Metrics, protocol: str) -> None:
+    with capture_logs():
+        configured = configure(
+            EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1",
+            EXPORTER_OTLP_PROTOCOL=protocol,
+            EXPORTER_OTLP_TIMEOUT="0.1",
+            TRACES_SAMPLER_ARG="1",
+        )
+        for _ in range(7):
+            with span("work"):
+                pass
+        configured.shutdown()
+    assert metrics.sample("obs_spans_dropped_total", reason="export_failed") == 7
+    assert metrics.sample("obs_spans_dropped_total", reason="queue_full") == 0
+
+
+def test_what_an_exporter_fails_at_is_counted(
+    kept: Tracing, receiver: OtlpReceiver, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise LookupError
+
+    with capture_logs():
+        with monkeypatch.context() as broken:
+            broken.setattr(RedactingSpanExporter, "_redacted", refuse)
+            with span("lost"):
+                pass
+            kept.flush()
+        with span("found"):
+            pass
+        kept.flush()
+    assert [each.name for each in receiver.spans()] == ["found"]
+    assert metrics.sample("obs_spans_dropped_total", reason="export_failed") == 1
 
 
 def test_nothing_is_lost_while_the_collector_keeps_up(kept: Tracing, receiver: OtlpReceiver, metrics: Metrics) -> None:
