@@ -127,7 +127,11 @@ OWN: Final = (
         "Log lines lost because the queue was full",
         Label("level", ("routine", "urgent")),
     ),
-    counter("obs_spans_dropped_total", "Spans lost", Label("reason", ("queue_full", "evicted", "truncated"))),
+    counter(
+        "obs_spans_dropped_total",
+        "Spans lost",
+        Label("reason", ("queue_full", "export_failed", "evicted", "truncated")),
+    ),
     counter(
         "obs_traces_kept_total", "Traces of which spans were exported", Label("reason", ("head", "error", "remote"))
     ),

@@ -30,8 +30,9 @@ UNMATCHED: Final = "unmatched"
 
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 
+_TRACE: Final = frozenset({b"traceparent", b"tracestate"})
 # Whose trace and whose line of work a request belongs to.
-_ORIGIN: Final = frozenset({b"traceparent", b"tracestate", b"baggage", HEADER})
+_ORIGIN: Final = _TRACE | {b"baggage", HEADER}
 
 
 class RequestTracing:
@@ -55,7 +56,7 @@ class RequestTracing:
         if path.startswith(self._foreign):
             scope["headers"] = [header for header in scope["headers"] if header[0] not in _ORIGIN]
         headers = {
-            name.decode(): value.decode("latin-1") for name, value in reversed(scope["headers"]) if name in _ORIGIN
+            name.decode(): value.decode("latin-1") for name, value in reversed(scope["headers"]) if name in _TRACE
         }
         recorded = scope["type"] == "http" and path not in self._untraced
         with served(scope.get("method", "GET"), headers, recorded=recorded):

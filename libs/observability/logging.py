@@ -14,7 +14,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from libs.observability.context import fields
 from libs.observability.events import OWN, SEVERITY, LogEvent
 from libs.observability.redaction import OURS, Masked, Redactor
 from libs.observability.registry import Metrics
+from libs.observability.stacks import Stack, places_of
 
 ROUTINE_CAPACITY: Final = 8_000
 CAPACITY: Final = 10_000
@@ -142,18 +142,17 @@ class Logging:
 
 def _described(error: BaseException | None, *, stack: bool) -> dict[str, Any]:
     """An exception as fields. The fingerprint is the same for the same place in the program; the stack
-    itself is told only where everything is, at level DEBUG, since it may quote anything."""
+    itself is told only where everything is, at level DEBUG."""
     if error is None:
         return {}
-    frames = traceback.extract_tb(error.__traceback__)
-    place = "|".join(f"{frame.filename.rsplit('/', 2)[-1]}:{frame.name}" for frame in frames)
+    place = "|".join(f"{code.co_filename.rsplit('/', 2)[-1]}:{code.co_name}" for code, _ in places_of(error))
     described = {
         "exception_type": type(error).__name__,
         "error_message": str(error).strip().partition("\n")[0],
         "stack_fingerprint": hashlib.sha256(f"{type(error).__name__}|{place}".encode()).hexdigest()[:16],
     }
     if stack:
-        described["stack"] = "".join(traceback.format_exception(error))
+        described["stack"] = Stack(error)
     return described
 
 

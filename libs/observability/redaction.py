@@ -39,7 +39,7 @@ _SECRET_KEY = re.compile(
     r"|(^|_)(pwd|jwt|card|cvc|cvv|pin|otp)(_|$)"
 )
 _NAME_KEY = re.compile(
-    r"name|(.*_)?((first|middle|last|full|given|family|patient|doctor|display|user|caller|customer|contact)_?name"
+    r"name|(?!(server|client|network_peer)_address\Z)(.*_)?((first|middle|last|full|given|family|patient|doctor|display|user|caller|customer|contact)_?name"
     r"|address|street|dob|date_of_birth|birth_?(day|date))"
 )
 _PHONE_KEY = re.compile(

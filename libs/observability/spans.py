@@ -5,10 +5,10 @@ are handed to an exporter.
 """
 
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -20,17 +20,22 @@ from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, S
 from opentelemetry.util._decorator import _agnosticcontextmanager
 from opentelemetry.util.types import Attributes
 
+from libs.observability.redaction import scrub_error
 from libs.observability.sampling import Tail, Trace, is_chosen
+from libs.observability.stacks import Stack, type_of
 
 _CHOSEN: Final = TraceFlags(TraceFlags.SAMPLED)
 _NOT_CHOSEN: Final = TraceFlags(TraceFlags.DEFAULT)
 _UNSET: Final = Status()
 _IDS: Final = RandomIdGenerator()
 
+_TOLD_IN: Final = "_told_in_trace"
+"""The attribute of an exception that says in which trace it was recorded."""
+
 new_trace_id: Final = _IDS.generate_trace_id
 
 id_of_next_root: Final[ContextVar[int | None]] = ContextVar("id_of_next_root", default=None)
-"""The trace id of the next root, if it was decided on before somebody else's code begins it."""
+"""The trace id of the next root that instrumentation begins, if it was decided on before."""
 
 
 class RecordedSpan(trace.Span):
@@ -90,9 +95,16 @@ class RecordedSpan(trace.Span):
             self.name = name
 
     def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
+        """Of a description the first line: instrumentation gives all that an exception says, and the further lines
+        of that quote what people wrote."""
         new = status if isinstance(status, Status) else Status(status, description)
+        known = self.status
         # What was declared to be well stays so, and nothing takes an error back but that.
-        if not (self.end_ns or new.is_unset or self.status.status_code is StatusCode.OK):
+        if self.end_ns or new.is_unset or known.status_code is StatusCode.OK:
+            return
+        if new.description is not None:
+            self.status = Status(new.status_code, new.description.partition("\n")[0])
+        elif known.status_code is not new.status_code:  # or who knows less would overwrite why it is an error
             self.status = new
 
     def record_exception(
@@ -102,14 +114,20 @@ class RecordedSpan(trace.Span):
         timestamp: int | None = None,
         escaped: bool = False,
     ) -> None:
-        module, name = type(exception).__module__, type(exception).__qualname__
+        """The innermost span of a trace that an exception leaves tells of it; those around it only have failed."""
+        trace_id = self.context.trace_id
+        if self.end_ns or getattr(exception, _TOLD_IN, None) == trace_id:
+            return
+        with suppress(AttributeError):  # exceptions may be immutable
+            setattr(exception, _TOLD_IN, trace_id)
         described = {
-            "exception.type": name if module == "builtins" else f"{module}.{name}",
-            "exception.message": str(exception),
-            "exception.stacktrace": "".join(traceback.format_exception(exception)),
+            "exception.type": type_of(exception),
+            "exception.message": scrub_error(exception),
+            "exception.stacktrace": Stack(exception),
             "exception.escaped": str(escaped),
         }
-        self.add_event("exception", described | dict(attributes or {}), timestamp)
+        # The exporter asks for the text of the stack, in a thread of its own.
+        self.add_event("exception", cast(Attributes, described | dict(attributes or {})), timestamp)
 
     def end(self, end_time: int | None = None) -> None:
         if not self.end_ns:
@@ -166,9 +184,11 @@ class Recorder(trace.TracerProvider):
         *,
         start_ns: int | None = None,
         span_id: int | None = None,
+        trace_id: int | None = None,
         recorded: bool = True,
     ) -> trace.Span:
-        """A span within another, be that of this process or not, or a root if that is not valid. What is within a span
+        """A span within another, be that of this process or not, or a root if that is not valid: of a new trace, unless
+        `trace_id` was decided on. What is within a span
         of this process that is not recorded is not recorded either; nor is a call to another system that belongs to
         nothing, such as when a loop looks whether there is something to do."""
         parent: SpanContext | None = within.get_span_context()
@@ -176,8 +196,7 @@ class Recorder(trace.TracerProvider):
             trace_id = parent.trace_id
             recorded = recorded and (parent.is_remote or isinstance(within, RecordedSpan))
         else:
-            trace_id, parent = id_of_next_root.get() or new_trace_id(), None
-            id_of_next_root.set(None)
+            trace_id, parent = trace_id or new_trace_id(), None
             recorded = recorded and kind is not SpanKind.CLIENT
         span_id = span_id or _IDS.generate_span_id()
         if self._tail is None or not recorded:
@@ -208,8 +227,19 @@ class Tracer(trace.Tracer):
         set_status_on_exception: bool = True,
     ) -> trace.Span:
         within = trace.get_current_span(context)
-        described = dict(attributes or {})
-        return self._recorder.begin(name, self._scope, within, kind, described, links or (), start_ns=start_time)
+        trace_id = None
+        if not within.get_span_context().is_valid and (trace_id := id_of_next_root.get()):
+            id_of_next_root.set(None)
+        return self._recorder.begin(
+            name,
+            self._scope,
+            within,
+            kind,
+            dict(attributes or {}),
+            links or (),
+            start_ns=start_time,
+            trace_id=trace_id,
+        )
 
     @_agnosticcontextmanager
     def start_as_current_span(

@@ -23,7 +23,7 @@ from opentelemetry.trace import INVALID_SPAN, Link, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from libs.observability.context import CORRELATION_ID, TENANT_ID, TRACEPARENT, fields, traceparent
-from libs.observability.redaction import RedactingSpanExporter, Redactor
+from libs.observability.redaction import RedactingSpanExporter, Redactor, scrub_error
 from libs.observability.registry import Metrics
 from libs.observability.sampling import Tail
 from libs.observability.spans import RecordedSpan, Recorder, id_of_next_root, new_trace_id
@@ -75,9 +75,10 @@ _tracing: Tracing | None = None
 class _BoundedQueue(BatchSpanProcessor):
     """The SDK's queue of ended spans, but one that tells what it loses, and loses the newest."""
 
-    def __init__(self, exporter: SpanExporter, on_lost: Callable[[], None]) -> None:
-        super().__init__(_Taking(exporter, self), QUEUE_SPANS, schedule_delay_millis=1000)
-        self._on_lost = on_lost
+    def __init__(self, exporter: SpanExporter, metrics: Metrics) -> None:
+        not_exported = metrics.counter("obs_spans_dropped_total", "export_failed")
+        super().__init__(_Taking(exporter, self, not_exported.inc), QUEUE_SPANS, schedule_delay_millis=1000)
+        self._on_lost = metrics.counter("obs_spans_dropped_total", "queue_full").inc
         self._lock = threading.Lock()
         self._waiting = 0
 
@@ -99,15 +100,22 @@ class _BoundedQueue(BatchSpanProcessor):
 
 
 class _Taking(SpanExporter):
-    """An exporter that says what it takes from the queue."""
+    """An exporter that says what it takes from the queue, and how much of it the collector does not get."""
 
-    def __init__(self, exporter: SpanExporter, queue: _BoundedQueue) -> None:
+    def __init__(self, exporter: SpanExporter, queue: _BoundedQueue, on_failed: Callable[[int], None]) -> None:
         self._exporter = exporter
         self._queue = queue
+        self._on_failed = on_failed
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self._queue.taken(len(spans))
-        return self._exporter.export(spans)
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._exporter.export(spans)
+        finally:
+            if result is not SpanExportResult.SUCCESS:
+                self._on_failed(len(spans))
+        return result
 
     def shutdown(self) -> None:
         self._exporter.shutdown()
@@ -129,8 +137,7 @@ def configure_tracing(
     if endpoint:
         # Instrumentations still have the names of attributes that became stable as an option.
         os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
-        lost = metrics.counter("obs_spans_dropped_total", "queue_full")
-        queue = _BoundedQueue(RedactingSpanExporter(_exporter(), Redactor()), on_lost=lost.inc)
+        queue = _BoundedQueue(RedactingSpanExporter(_exporter(), Redactor()), metrics)
         tail = Tail[RecordedSpan](lambda span: queue.on_end(span.readable(resource)), metrics)
         _tracing = Tracing(Recorder(tail, ratio), resource, expected, tail, queue)
     else:
@@ -274,22 +281,24 @@ def served(name: str, headers: Mapping[str, str], *, recorded: bool) -> Iterator
         return
     provider = _tracing.provider
     within = _span_of(headers) if TRACEPARENT in headers else INVALID_SPAN
-    trace_id = within.get_span_context().trace_id or new_trace_id()
-    token = id_of_next_root.set(trace_id)
-    try:
-        if recorded and provider.chooses(trace_id):
+    continued = within.get_span_context().trace_id
+    trace_id = continued or new_trace_id()
+    if recorded and provider.chooses(trace_id):
+        # Of a trace that is continued, instrumentation learns from the headers as well.
+        token = id_of_next_root.set(None if continued else trace_id)
+        try:
             yield
-        else:
-            begun = provider.begin(name, _SCOPE, within, SpanKind.SERVER, {}, (), recorded=recorded)
-            with suppress_http_instrumentation(), _current(begun):
-                yield
-    finally:
-        id_of_next_root.reset(token)
+        finally:
+            id_of_next_root.reset(token)
+    else:
+        begun = provider.begin(name, _SCOPE, within, SpanKind.SERVER, {}, (), trace_id=trace_id, recorded=recorded)
+        with suppress_http_instrumentation(), _current(begun):
+            yield
 
 
-def is_sampled(carrier: Mapping[str, str]) -> bool:
-    """Whether the trace of the carrier is kept in any case. The flags are a bit field; other bits occur."""
-    return _span_of(carrier).get_span_context().trace_flags.sampled
+def record_error(error: Exception) -> None:
+    """Tells of an exception that is dealt with within the current span, and marks that as failed."""
+    _fail(trace.get_current_span(), error)
 
 
 def exemplar(carrier: Mapping[str, str] | None = None) -> dict[str, str] | None:
@@ -307,13 +316,17 @@ def _current(begun: trace.Span) -> Iterator[trace.Span]:
     try:
         yield begun
     except Exception as error:
-        if _tracing is None or not isinstance(error, _tracing.expected):
-            begun.record_exception(error)
-            begun.set_status(StatusCode.ERROR, f"{type(error).__name__}: {error}")
+        _fail(begun, error)
         raise
     finally:
         detach(token)
         begun.end()
+
+
+def _fail(span: trace.Span, error: Exception) -> None:
+    if _tracing is None or not isinstance(error, _tracing.expected):
+        span.record_exception(error)
+        span.set_status(StatusCode.ERROR, f"{type(error).__name__}: {scrub_error(error)}")
 
 
 def _placed(

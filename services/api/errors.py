@@ -21,6 +21,7 @@ from libs.domain.telemetry import logger, module_of
 from libs.guardrails import Kind, Reason, Refused
 from libs.observability.context import correlation_id
 from libs.observability.registry import Metrics
+from libs.observability.tracing import record_error
 from services.api import security
 
 _log: Final = logger("errors")
@@ -96,9 +97,10 @@ def document(refused: Refused, request: HTTPConnection) -> dict[str, Any]:
 
 
 def refusal(error: Exception) -> Refused:
-    """How whatever was raised is answered. What is no refusal is logged."""
+    """How whatever was raised is answered. What is no refusal is logged, and told of by the span of the request."""
     if isinstance(error, Refused):
         return error
+    record_error(error)
     if is_transient(error):
         _log.warning("database_unavailable", exception_type=type(driver_error(error)).__name__)
         return Refused(Reason.OVERLOADED, retry_after=OVERLOAD_RETRY_AFTER)

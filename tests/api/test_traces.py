@@ -74,6 +74,11 @@ async def test_a_request_that_fails_shows_the_same_whether_or_not_its_trace_was_
             "correlation_id": ID,
         }.items()
     )
+    (event,) = [event for event in served.events if event.name == "exception"]
+    described = {item.key: item.value.string_value for item in event.attributes}
+    assert described["exception.type"] == "sqlalchemy.exc.ProgrammingError"
+    assert served.status.message.endswith('relation "notifications" does not exist')
+    assert "services/api/notifications/routes.py" in described["exception.stacktrace"]
     failed = await arrived(collector, "SELECT notifications")
     assert (failed.parent_span_id, failed.status.message) == (served.span_id, "UndefinedTableError")
     assert {span.trace_id.hex() for span in collector.spans()} == {trace_id}
@@ -149,12 +154,14 @@ async def test_each_frame_is_a_trace_of_its_own_and_an_error_keeps_it(
         return [span for span in collector.spans("chat.frame") if span.status.code == 2]
 
     async with opened(traced, session.doctor, session.context, headers=continuing(CHOSEN)) as doctor:
-        await doctor.receive()
+        await doctor.send(type="ping")
+        await doctor.next("pong")
     (broken,) = await until(failed)
     assert [span for span in collector.spans() if span.kind == Span.SPAN_KIND_SERVER] == []
     frames = collector.spans("chat.frame")
     assert len({frame.trace_id for frame in frames}) == len(frames) > 1
     assert {frame.parent_span_id for frame in frames} == {b""}
+    assert CHOSEN not in {frame.trace_id.hex() for frame in frames}
     assert attributes(broken)["frame_type"] == "message"
     (sent,) = [span for span in collector.spans("chat.send") if span.trace_id == broken.trace_id]
     assert (sent.parent_span_id, sent.status.code) == (broken.span_id, 2)

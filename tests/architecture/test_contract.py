@@ -198,7 +198,7 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
     "obs_label_values_rejected_total": ("counter", {"metric": OPEN}),
     "obs_log_redactions_total": ("counter", {"kind": "email phone body secret name"}),
     "obs_log_lines_dropped_total": ("counter", {"level": "routine urgent"}),
-    "obs_spans_dropped_total": ("counter", {"reason": "queue_full evicted truncated"}),
+    "obs_spans_dropped_total": ("counter", {"reason": "queue_full export_failed evicted truncated"}),
     "obs_traces_kept_total": ("counter", {"reason": "head error remote"}),
 }
 ALIASES = {

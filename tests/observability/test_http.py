@@ -18,12 +18,12 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from libs.domain.catalogue import CATALOGUE
 from libs.observability import http, tracing
-from libs.observability.context import carrier, fields, note
+from libs.observability.context import fields, note
 from libs.observability.exposition import render
 from libs.observability.http import HttpTelemetry, Receive, Scope, Send
 from libs.observability.registry import Metrics
 from libs.observability.testing import CapturedLogs, OtlpReceiver, capture_logs
-from libs.observability.tracing import configure_tracing, is_sampled, served, span
+from libs.observability.tracing import configure_tracing, exemplar, served, span, tracer_provider
 from services.api.main import RouteTemplates
 from services.api.public import PROBES
 from tests.clinic import Clinic
@@ -400,12 +400,16 @@ def test_a_request_is_instrumented_only_if_its_trace_is_kept(metrics: Metrics, m
     with OtlpReceiver() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.http_endpoint)
         configured = configure_tracing("test", "0", metrics)
+        instrumentation = tracer_provider().get_tracer("instrumentation")
         kept = 0
         for _ in range(300):
             with served("GET", {}, recorded=True):
                 instrumented = is_http_instrumentation_enabled()
-                with span("served"), span("inner"):
-                    assert is_sampled(carrier()) is instrumented
+                with span("another", root=True) as another:
+                    pass
+                with instrumentation.start_as_current_span("served") as begun, span("inner"):
+                    assert begun.get_span_context().trace_id != another.get_span_context().trace_id
+                    assert (exemplar() is not None) is instrumented
             kept += instrumented
         # Six standard deviations of a binomial distribution to each side.
         assert 42 < kept < 138

@@ -131,9 +131,10 @@ def test_bodies_are_shown_in_part_where_that_is_asked_for(log: BoundLogger) -> N
 
 @pytest.mark.parametrize(("level", "told"), [("INFO", False), ("DEBUG", True)])
 def test_the_stack_of_an_exception_is_told_only_at_level_debug(log: BoundLogger, level: str, told: bool) -> None:
+    row = "unwell"
     with capture_logs(level) as captured:
         try:
-            raise LookupError(f"nobody at {PHONE}")
+            raise LookupError(f"nobody at {PHONE}\nDETAIL: Failing row contains ({row}).")
         except LookupError:
             log.error("failed", exc_info=True)
         logging.getLogger("library").error("failed", exc_info=raised("x"))
@@ -147,6 +148,7 @@ def test_the_stack_of_an_exception_is_told_only_at_level_debug(log: BoundLogger,
     if told:
         assert "raise LookupError" in ours["stack"]
         assert PHONE not in ours["stack"]
+        assert row not in ours["stack"]
 
 
 def test_a_fingerprint_stands_for_a_place_and_not_for_a_message(captured: CapturedLogs, log: BoundLogger) -> None:

@@ -238,6 +238,12 @@ def test_a_field_with_the_name_of_a_name_shows_nothing(key: str) -> None:
     assert Redactor().value(key, "Jane Roe") == REDACTED
 
 
+@pytest.mark.parametrize("key", ["server.address", "client.address", "network.peer.address"])
+def test_the_address_of_a_machine_is_nobodys(key: str) -> None:
+    assert Redactor().value(key, "10.0.0.7") == "10.0.0.7"
+    assert Redactor().value(f"{key}.street", "Elm Street") == REDACTED
+
+
 @pytest.mark.parametrize("key", ["phone", "phoneNumber", "patient.phone", "to", "from", "caller_id", "homeTel"])
 def test_a_field_for_phone_numbers_shows_four_digits_of_texts_and_integers(key: str) -> None:
     assert Redactor().value(key, "555-0123") == "***0123"

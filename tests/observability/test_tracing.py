@@ -15,6 +15,7 @@ from opentelemetry.trace import SpanKind
 
 from libs.observability import tracing
 from libs.observability.context import bind, carrier
+from libs.observability.redaction import RedactingSpanExporter
 from libs.observability.registry import Metrics
 from libs.observability.testing import OtlpReceiver, attributes, capture_logs
 from libs.observability.tracing import (
@@ -23,7 +24,7 @@ from libs.observability.tracing import (
     SHUTDOWN_SECONDS,
     Tracing,
     exemplar,
-    is_sampled,
+    record_error,
     record_span,
     span,
     tracer_provider,
@@ -48,7 +49,6 @@ def test_without_a_collector_nothing_is_recorded_but_ids_exist(configure: Config
     with span("work") as current:
         assert not current.is_recording()
         assert current.get_span_context().is_valid
-        assert not is_sampled(carrier())
         assert exemplar() is None
         outer = carrier()["traceparent"]
         with span("more"):
@@ -118,7 +118,7 @@ def roots(number: int) -> list[bool]:
     flags = []
     for _ in range(number):
         with span("root", root=True):
-            flags.append(is_sampled(carrier()))
+            flags.append(exemplar() is not None)
     return flags
 
 
@@ -148,9 +148,9 @@ def test_whether_a_trace_is_kept_hangs_on_its_id_and_not_on_what_the_sender_says
         for flags in ("00", "01", "02", "03"):
             with span("work", parent=traceparent(trace_id, flags)):
                 assert carrier()["traceparent"].split("-")[1] == f"{trace_id:032x}"
-                assert is_sampled(carrier()) is kept_by_id(trace_id, 0.3)
+                assert (exemplar() is not None) is kept_by_id(trace_id, 0.3)
                 with span("more"):
-                    assert is_sampled(carrier()) is kept_by_id(trace_id, 0.3)
+                    assert (exemplar() is not None) is kept_by_id(trace_id, 0.3)
     assert 0 < sum(kept_by_id(trace_id, 0.3) for trace_id in ids) < 300
 
 
@@ -241,6 +241,47 @@ def test_an_exception_marks_the_span_and_goes_on_masked(kept: Tracing, receiver:
     assert only(receiver, "cancelled").status.code == 0
 
 
+def test_of_what_an_exception_says_the_first_line_is_told_and_that_once(kept: Tracing, receiver: OtlpReceiver) -> None:
+    tracer = tracer_provider().get_tracer("library")
+    row = "I feel unwell"
+    with (
+        pytest.raises(ValueError, match="refused"),
+        tracer.start_as_current_span("of a library"),
+        span("outer"),
+        span("inner"),
+    ):
+        raise ValueError(f"refused\nDETAIL: Failing row contains ({row}).\n[SQL: INSERT …]")
+    kept.shutdown()
+    (event,) = only(receiver, "inner").events
+    described = {item.key: item.value.string_value for item in event.attributes}
+    assert described["exception.type"] == "ValueError"
+    assert described["exception.message"] == "refused"
+    assert "in test_of_what_an_exception_says" in described["exception.stacktrace"]
+    assert described["exception.stacktrace"].endswith("ValueError: refused")
+    for name in ("of a library", "outer", "inner"):
+        failed = only(receiver, name)
+        assert (failed.status.code, failed.status.message) == (2, "ValueError: refused")
+        assert ("exception" in [each.name for each in failed.events]) is (name == "inner")
+        assert row not in str(failed)
+
+
+def test_an_exception_is_told_in_each_trace_that_it_ends(kept: Tracing, receiver: OtlpReceiver) -> None:
+    error = ValueError("shared")
+    for _ in range(2):
+        with suppress(ValueError), span("root", root=True):
+            raise error
+    kept.shutdown()
+    assert [len(each.events) for each in receiver.spans("root")] == [1, 1]
+
+
+def test_an_error_that_says_nothing_leaves_what_an_earlier_one_says(kept: Tracing, receiver: OtlpReceiver) -> None:
+    with span("work") as work:
+        record_error(ValueError("broken"))
+        work.set_status(trace.StatusCode.ERROR)
+    kept.shutdown()
+    assert only(receiver, "work").status.message == "ValueError: broken"
+
+
 def test_links_name_other_traces_and_leave_out_what_is_none(kept: Tracing, receiver: OtlpReceiver) -> None:
     links = [traceparent(0xA1), {}, {"correlation_id": ID}, traceparent(0xA2, "00", 0xB8)]
     with span("work", links=links):
@@ -309,7 +350,7 @@ def test_what_is_over_is_exported_as_the_rest_of_its_trace_is(configure: Configu
 
 @pytest.mark.parametrize(("flags", "sampled"), [("00", False), ("01", True), ("02", False), ("03", True)])
 def test_the_flags_of_a_trace_are_bits(flags: str, sampled: bool) -> None:
-    assert is_sampled(traceparent(0xA1, flags)) is sampled
+    assert (exemplar(traceparent(0xA1, flags)) is not None) is sampled
 
 
 def test_an_exemplar_points_to_kept_traces_alone(configure: Configure, receiver: OtlpReceiver) -> None:
@@ -381,6 +422,42 @@ def test_a_collector_that_fails_holds_up_nobody(
     assert ended_after < SHUTDOWN_SECONDS
     # What does not wait and is not with the exporter is lost, and counted.
     assert 0 < lost <= 5000 - QUEUE_SPANS
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_what_a_collector_does_not_get_is_counted(configure: Configure, metrics: Metrics, protocol: str) -> None:
+    with capture_logs():
+        configured = configure(
+            EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1",
+            EXPORTER_OTLP_PROTOCOL=protocol,
+            EXPORTER_OTLP_TIMEOUT="0.1",
+            TRACES_SAMPLER_ARG="1",
+        )
+        for _ in range(7):
+            with span("work"):
+                pass
+        configured.shutdown()
+    assert metrics.sample("obs_spans_dropped_total", reason="export_failed") == 7
+    assert metrics.sample("obs_spans_dropped_total", reason="queue_full") == 0
+
+
+def test_what_an_exporter_fails_at_is_counted(
+    kept: Tracing, receiver: OtlpReceiver, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise LookupError
+
+    with capture_logs():
+        with monkeypatch.context() as broken:
+            broken.setattr(RedactingSpanExporter, "_redacted", refuse)
+            with span("lost"):
+                pass
+            kept.flush()
+        with span("found"):
+            pass
+        kept.flush()
+    assert [each.name for each in receiver.spans()] == ["found"]
+    assert metrics.sample("obs_spans_dropped_total", reason="export_failed") == 1
 
 
 def test_nothing_is_lost_while_the_collector_keeps_up(kept: Tracing, receiver: OtlpReceiver, metrics: Metrics) -> None:

@@ -224,8 +224,8 @@ BOARD: Final = board(
             ),
             timeseries(
                 "Spans lost",
-                "`queue_full`: the trace backend is away, or slower than what happens. Otherwise traces with an error"
-                " are not whole.",
+                "`export_failed`: the collector is away or refuses. `queue_full`: it is slower than what happens."
+                " Otherwise traces with an error are not whole.",
                 Query(per_minute("obs_spans_dropped_total", "reason"), "{{reason}}"),
                 unit=units.CountsPerMinute,
             ),
