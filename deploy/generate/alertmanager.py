@@ -7,18 +7,26 @@ from deploy.generate.documents import as_yaml
 from deploy.generate.prometheus import API
 
 TOKENS: Final = "/etc/alertmanager/secrets"
-"""The folder of the bearer tokens, one file for each receiver."""
+"""The folder of the bearer tokens: `api`, and `oncall` for those who tell people."""
 
 
-def _webhook(name: str, url: str) -> dict[str, Any]:
-    credentials = {"type": "Bearer", "credentials_file": f"{TOKENS}/{name}"}
+PEOPLE: Final = ("oncall", "team", "watchdog")
+"""Receivers that reach somebody: whoever is on call, those who see to the rest in daytime, and a dead man's switch."""
+
+
+def _webhook(name: str, url: str, file: str) -> dict[str, Any]:
+    credentials = {"type": "Bearer", "credentials_file": f"{TOKENS}/{file}"}
     # The API accepts 2 MiB, which is some 2,000 alerts.
     sent = {"url": url, "send_resolved": True, "max_alerts": 1000, "http_config": {"authorization": credentials}}
     return {"name": name, "webhook_configs": [sent]}
 
 
 def _inhibited(more: str, less: str) -> dict[str, Any]:
-    return {"source_matchers": [f"alertname={more}"], "target_matchers": [f"alertname={less}"]}
+    return {
+        "source_matchers": [f"alertname={more}"],
+        "target_matchers": [f"alertname={less}"],
+        "equal": ["namespace"],
+    }
 
 
 CONFIG: Final = {
@@ -29,7 +37,10 @@ CONFIG: Final = {
         "group_interval": "1m",
         "repeat_interval": "4h",
         "routes": [
+            # Whoever gets this one raises the alarm when it does not come.
+            {"matchers": ['alertname="Watchdog"'], "receiver": "watchdog", "repeat_interval": "5m"},
             {"matchers": ['severity="critical"'], "receiver": "oncall", "continue": True},
+            {"matchers": ['severity=~"high|warning"'], "receiver": "team", "continue": True},
             {"receiver": "api"},
         ],
     },
@@ -37,7 +48,7 @@ CONFIG: Final = {
         {
             "source_matchers": ['severity="critical"'],
             "target_matchers": ['severity="warning"'],
-            "equal": ["alertname", "slo"],
+            "equal": ["alertname", "slo", "namespace"],
         },
         *(
             _inhibited(alert.name, alert.supersedes)
@@ -47,8 +58,8 @@ CONFIG: Final = {
         ),
     ],
     "receivers": [
-        _webhook("api", f"http://{API}/internal/alerts"),
-        _webhook("oncall", "https://oncall.example.com/alerts"),
+        _webhook("api", f"http://{API}/internal/alerts", file="api"),
+        *(_webhook(name, f"https://oncall.example.com/{name}", file="oncall") for name in PEOPLE),
     ],
 }
 

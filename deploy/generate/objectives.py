@@ -10,6 +10,13 @@ REQUESTS: Final = f"""http_request_duration_seconds_count{{route!~"{"|".join(sor
 
 FAILED: Final = REQUESTS.replace("{", '{status=~"5..",')
 
+RESPONSES: Final = "http_responses_total"
+RESPONSES_FAILED: Final = 'http_responses_total{class="5xx"}'
+"""All answers, and those that failed: where the first failure must show, for these series are there before it."""
+
+NOT_OPENED: Final = 'chat_connection_failures_total{reason=~"auth|upgrade|other"}'
+"""Sockets that were refused; those that failed for other reasons were open before."""
+
 
 def _slower(histogram: str, bound: float) -> str:
     """The rate of events that took longer than one of the histogram's bounds."""
@@ -21,11 +28,10 @@ OBJECTIVES: Final = (
     Objective(
         name="availability",
         target=0.999,
-        # There is no series of failures before the first of them.
-        bad=f"(sum(rate({FAILED}[$window])) or vector(0))",
-        events=f"sum(rate({REQUESTS}[$window]))",
+        bad=f"sum(rate({RESPONSES_FAILED}[$window]))",
+        events=f"sum(rate({RESPONSES}[$window]))",
         component="http",
-        metric="http_request_duration_seconds",
+        metric="http_responses_total",
         failing="requests fail by a fault of ours",
         runbook="docs/runbooks/failing-requests.md",
     ),

@@ -61,6 +61,11 @@ _HTTP: Final = emitted_by(
         Label("status", limit=30),
         source_alias="http_request_duration_ms",
     ),
+    counter(
+        "http_responses_total",
+        "Answers to requests, those of probes apart",
+        Label("class", ("1xx", "2xx", "3xx", "4xx", "5xx")),
+    ),
     gauge("http_requests_in_flight", "HTTP requests being served"),
     counter(
         "errors_total",

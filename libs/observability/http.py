@@ -67,7 +67,8 @@ class HttpTelemetry:
     """Pure ASGI middleware. `route_of` answers the template of the route that served a scope, such as
     `/appointments/{id}`, or `unmatched`: paths themselves are never labels.
 
-    `quiet` are templates whose requests are counted but not logged, such as those of probes.
+    `quiet` are templates whose requests are measured but neither counted as answers nor logged, such as those of
+    probes.
     """
 
     def __init__(
@@ -122,6 +123,8 @@ class HttpTelemetry:
         _describe(route, label, status)
         duration = self._metrics.histogram("http_request_duration_seconds", route, label, str(status))
         duration.observe(took, exemplar())
+        if route not in self._quiet:
+            self._metrics.counter("http_responses_total", f"{status // 100}xx").inc()
         if route in self._quiet and status < 500:
             return
         latency_ms = round(took * 1000, 2)

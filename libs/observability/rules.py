@@ -227,23 +227,27 @@ class Objective:
             Group(f"slo-{self.name}-long", tuple(map(self._ratio, LONG_WINDOWS)), LONG_INTERVAL),
         )
 
-    def alerts(self) -> tuple[Alert, Alert]:
-        """The pair that watches the budget: a page when it would be gone within days, a ticket when within weeks."""
-        return self._alert("critical", PAGE, "2m", "30m"), self._alert("warning", TICKET, "15m", "6h")
+    def alerts(self) -> tuple[Alert, ...]:
+        """What watches the budget: pages when it would be gone within days, tickets when within weeks; for each pair of
+        windows one, which `window` tells apart by the longer."""
+        return (
+            *(self._alert("critical", burn, "2m", "30m") for burn in PAGE),
+            *(self._alert("warning", burn, "15m", "6h") for burn in TICKET),
+        )
 
     def _ratio(self, window: str) -> Recording:
         expr = f"{_over(self.bad, window)}\n/\n{_over(self.events, window)}"
         return Recording(f"slo:error_ratio:rate{window}", expr, {"slo": self.name})
 
-    def _alert(self, severity: Severity, burns: tuple[Burn, ...], lasting: str, counted: str) -> Alert:
-        burning = "\nor\n".join(
-            f"(slo:error_ratio:rate{burn.short}{self._selector} > {burn.factor * self.budget:.6g}"
-            f" and slo:error_ratio:rate{burn.long}{self._selector} > {burn.factor * self.budget:.6g})"
-            for burn in burns
+    def _alert(self, severity: Severity, burn: Burn, lasting: str, counted: str) -> Alert:
+        limit = f"{burn.factor * self.budget:.6g}"
+        burning = (
+            f"slo:error_ratio:rate{burn.short}{self._selector} > {limit}"
+            f"\nand\nslo:error_ratio:rate{burn.long}{self._selector} > {limit}"
         )
         return Alert(
             name="SLOErrorBudgetBurn",
-            expr=f"(\n{burning}\n)\nand\nslo:events:increase{counted}{self._selector} > {MINIMUM_EVENTS}",
+            expr=f"{burning}\nand\nslo:events:increase{counted}{self._selector} > {MINIMUM_EVENTS}",
             severity=severity,
             component=self.component,
             metric=self.metric,
@@ -251,7 +255,7 @@ class Objective:
             description=f"{{{{ $value | humanizePercentage }}}} of {self.failing}; {100 * self.budget:g}% may.",
             runbook=self.runbook,
             lasting=lasting,
-            labels={"slo": self.name},
+            labels={"slo": self.name, "window": burn.long},
         )
 
     @property

@@ -101,6 +101,7 @@ METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
         "histogram",
         {"route": OPEN, "method": "GET POST PUT PATCH DELETE HEAD OPTIONS OTHER", "status": OPEN},
     ),
+    "http_responses_total": ("counter", {"class": "1xx 2xx 3xx 4xx 5xx"}),
     "http_requests_in_flight": ("gauge", {}),
     "errors_total": (
         "counter",
@@ -307,11 +308,12 @@ ALERTS = {
     "critical": "AppointmentsDueBacklogCritical AppointmentConversionStalled AppointmentConversionJobMissing"
     " AppointmentConversionFailureRateCritical BillingBlocked LegacyTriggerProcessedSessionAppointment OutboxLag"
     " TargetDown ApiMissing DbSaturation AuditViolations AlertDeliveryFailing GaugesStale SLOErrorBudgetBurn",
-    "high": "DbPoolTimeouts AppointmentsNeedAttention FlagTripped HighErrorRate OutboxDead WebhookDeliveriesFailing MemoryNearLimit",
+    "high": "AppointmentsNeedAttention FlagTripped HighErrorRate OutboxDead WebhookDeliveriesFailing MemoryNearLimit"
+    " DbPoolTimeouts RuleEvaluationFailing NotificationsDropped",
     "warning": "AppointmentsDueBacklog AppointmentConversionFailureRate ChatBlockedRatio GuardDecisionsDropped"
     " HighResponseTime EventLoopLag AuthFailures ChatConnectionSuccessLow WebhookDestinationForbidden DoorbellFailures"
     " AuditNotRunning LogLinesDropped SuspiciousAddress PrivilegeAttempts SLOErrorBudgetBurn",
-    "info": "LogLinesNotStored",
+    "info": "LogLinesNotStored Watchdog",
 }
 OBJECTIVES_OF_SERVICE = "availability booking sessions_on_time"
 ROUTES = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deploy.generate.alertmanager import PEOPLE
 from libs.domain.db import Database
 from libs.guardrails import Principal
 from libs.observability.testing import OtlpReceiver
@@ -48,7 +49,8 @@ async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPa
         # Prometheus takes seconds to look at its targets for the first time; they are started meanwhile.
         api_port, worker_port = free_port(), free_port()
         oncall = await stack.enter_async_context(receiving())
-        receivers = {"api": f"http://127.0.0.1:{api_port}/internal/alerts", "oncall": f"{oncall.url}/alerts"}
+        receivers = {"api": f"http://127.0.0.1:{api_port}/internal/alerts"}
+        receivers |= {name: f"{oncall.url}/{name}" for name in PEOPLE}
         tokens = {"api": ALERTS_TOKEN, "oncall": "a token of whoever is on call"}
         alertmanager = await stack.enter_async_context(running_alertmanager(folder / "alertmanager", receivers, tokens))
         addresses = {

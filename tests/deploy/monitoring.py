@@ -87,15 +87,17 @@ async def running_prometheus(folder: Path, addresses: Mapping[str, str]) -> Asyn
 
 @asynccontextmanager
 async def running_alertmanager(folder: Path, urls: Mapping[str, str], tokens: Mapping[str, str]) -> AsyncIterator[str]:
-    """Tells receivers at `urls`, with their `tokens`, each by the receiver's name; yields the address."""
+    """Tells receivers at `urls`, by their names, with `tokens`, by the names of their files; yields the address."""
     folder.mkdir()
     config = yaml.safe_load((DEPLOY / "alertmanager/alertmanager.yml").read_text())
     config["route"] |= {"group_wait": SHORT, "group_interval": SHORT}
+    for name, token in tokens.items():
+        (folder / name).write_text(token)
     for receiver in config["receivers"]:
-        (folder / receiver["name"]).write_text(tokens[receiver["name"]])
         for webhook in receiver["webhook_configs"]:
             webhook["url"] = urls[receiver["name"]]
-            webhook["http_config"]["authorization"]["credentials_file"] = str(folder / receiver["name"])
+            authorization = webhook["http_config"]["authorization"]
+            authorization["credentials_file"] = str(folder / Path(authorization["credentials_file"]).name)
     (folder / "alertmanager.yml").write_text(yaml.safe_dump(config))
     port = free_port()
     command = (

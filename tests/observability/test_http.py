@@ -193,6 +193,20 @@ async def test_quiet_routes_are_counted_and_only_told_when_they_fail(
     assert sum(counted(metrics).values()) == 5
 
 
+async def test_answers_are_counted_by_class_those_of_quiet_routes_apart(
+    client: httpx2.AsyncClient, metrics: Metrics
+) -> None:
+    assert answers(metrics) == {"1xx": 0, "2xx": 0, "3xx": 0, "4xx": 0, "5xx": 0}, "Before the first of them."
+    for path in ("/status/503", "/broken", "/nowhere"):
+        await client.get(path)
+    assert answers(metrics) == {"1xx": 0, "2xx": 0, "3xx": 0, "4xx": 1, "5xx": 1}
+
+
+def answers(metrics: Metrics) -> dict[str, float]:
+    samples = (sample for family in metrics.registry.collect() for sample in family.samples)
+    return {each.labels["class"]: each.value for each in samples if each.name == "http_responses_total"}
+
+
 @pytest.mark.parametrize(("path", "label"), [("/broken", "500"), ("/halfway", "200")])
 async def test_an_exception_passes_and_is_counted_as_what_the_client_saw(
     client: httpx2.AsyncClient, metrics: Metrics, logs: CapturedLogs, path: str, label: str

@@ -34,7 +34,7 @@ DELIVERY: Final = (
         severity="high",
         component="webhooks",
         metric="webhook_deliveries_total",
-        summary="No webhook endpoint can be reached",
+        summary="No webhook endpoint that was tried can be reached",
         description='All of {{ $value | printf "%.0f" }} attempts within a quarter of an hour met no receiver.',
         runbook="docs/runbooks/webhooks.md",
     ),

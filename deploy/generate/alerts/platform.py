@@ -118,6 +118,38 @@ PLATFORM: Final = (
         runbook="docs/runbooks/lost-records.md",
     ),
     Alert(
+        name="RuleEvaluationFailing",
+        expr="sum by (rule_group)"
+        ' (increase(prometheus_rule_evaluation_failures_total{job=~".*prometheus.*"}[10m])) > 0',
+        severity="high",
+        component="telemetry",
+        metric="prometheus_rule_evaluation_failures_total",
+        summary="Prometheus cannot evaluate its rules",
+        description="Rules of {{ $labels.rule_group }} fail: their alerts are silent, whatever happens.",
+        runbook="docs/runbooks/alert-delivery.md",
+    ),
+    Alert(
+        name="NotificationsDropped",
+        expr='sum(increase(prometheus_notifications_dropped_total{job=~".*prometheus.*"}[10m])) > 0',
+        severity="high",
+        component="telemetry",
+        metric="prometheus_notifications_dropped_total",
+        summary="Prometheus cannot tell Alertmanager",
+        description='Alerts that no Alertmanager took: {{ $value | printf "%.0f" }}.',
+        runbook="docs/runbooks/alert-delivery.md",
+    ),
+    Alert(
+        # Always there: whoever stops hearing it knows that alerts do not arrive.
+        name="Watchdog",
+        expr="vector(1) == 1",
+        severity="info",
+        component="telemetry",
+        metric="up",
+        summary="Alerts arrive",
+        description="This one always fires. When it does not, Prometheus or Alertmanager is down.",
+        runbook="docs/runbooks/alert-delivery.md",
+    ),
+    Alert(
         name="AlertDeliveryFailing",
         expr="sum by (integration)"
         ' (increase(alertmanager_notifications_failed_total{job=~".*alertmanager.*"}[10m])) > 0',

@@ -2,17 +2,20 @@
 
 from typing import Final
 
-from deploy.generate.objectives import FAILED, REQUESTS
-from libs.observability.rules import Alert
+from deploy.generate.objectives import NOT_OPENED, REQUESTS, RESPONSES, RESPONSES_FAILED
+from libs.observability.rules import MINIMUM_EVENTS, Alert
+
+_OPENED: Final = "sum(increase(chat_connections_opened_total[5m]))"
+_NOT_OPENED: Final = f"sum(increase({NOT_OPENED}[5m]))"
 
 REQUESTS_AND_CHAT: Final = (
     Alert(
         name="HighErrorRate",
-        expr=f"sum(rate({FAILED}[5m])) / sum(rate({REQUESTS}[5m])) > 0.05",
+        expr=f"sum(rate({RESPONSES_FAILED}[5m])) / sum(rate({RESPONSES}[5m])) > 0.05",
         lasting="5m",
         severity="high",
         component="http",
-        metric="http_request_duration_seconds",
+        metric="http_responses_total",
         summary="Many requests fail",
         description="{{ $value | humanizePercentage }} of requests were answered with 5xx.",
         runbook="docs/runbooks/failing-requests.md",
@@ -72,9 +75,7 @@ REQUESTS_AND_CHAT: Final = (
     ),
     Alert(
         name="ChatConnectionSuccessLow",
-        expr="sum(increase(chat_connections_opened_total[5m]))"
-        " / (sum(increase(chat_connections_opened_total[5m])) + sum(increase(chat_connection_failures_total[5m])))"
-        " < 0.95",
+        expr=f"{_OPENED} / ({_OPENED} + {_NOT_OPENED}) < 0.95\nand\n{_OPENED} + {_NOT_OPENED} > {MINIMUM_EVENTS}",
         lasting="5m",
         severity="warning",
         component="realtime",

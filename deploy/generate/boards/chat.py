@@ -6,15 +6,16 @@ from grafana_foundation_sdk.models import units
 
 from deploy.generate.boards.panels import Query, above, below, board, heatmap, latency, row, stat, timeseries
 from deploy.generate.boards.promql import increase, mean, per_minute, quantile, rate, ratio, total
+from deploy.generate.objectives import NOT_OPENED
 
 _OPENED: Final = "chat_connections_opened_total"
-_FAILURES: Final = "chat_connection_failures_total"
+_LAG: Final = 'asyncio_loop_lag_seconds{job="sessiongate-api"}'
 _DURATION: Final = "chat_message_processing_duration_seconds"
 
 
 def _opened_of_all(over: str) -> str:
     opened = rate(_OPENED, over=over)
-    return ratio(opened, f"({opened} + {rate(_FAILURES, over=over)})")
+    return ratio(opened, f"({opened} + {rate(NOT_OPENED, over=over)})")
 
 
 BOARD: Final = board(
@@ -78,10 +79,16 @@ BOARD: Final = board(
                 unit=units.CountsPerMinute,
             ),
             timeseries(
-                "Connections that failed",
-                "`auth`: tickets and tokens. `upgrade`: a proxy, or a page of another origin. `timeout`: clients that"
-                " fell silent. `protocol`: a client with a fault.",
-                Query(per_minute(_FAILURES, "reason"), "{{reason}}"),
+                "Connections that were not opened",
+                "`auth`: tickets and tokens. `upgrade`: a proxy, or a page of another origin.",
+                Query(per_minute(NOT_OPENED, "reason"), "{{reason}}"),
+                unit=units.CountsPerMinute,
+                stacked=True,
+            ),
+            timeseries(
+                "Connections that broke off",
+                "`timeout`: clients that fell silent. `protocol`: a client with a fault.",
+                Query(per_minute('chat_connection_failures_total{reason=~"timeout|protocol"}', "reason"), "{{reason}}"),
                 unit=units.CountsPerMinute,
                 stacked=True,
             ),
@@ -126,10 +133,11 @@ BOARD: Final = board(
                 unit=units.CountsPerMinute,
                 stacked=True,
             ),
-            latency(
+            timeseries(
                 "Event-loop lag, P99",
-                "How late the processes are for everything. Above a tenth of a second sockets feel it.",
-                "asyncio_loop_lag_seconds",
+                "How late the most delayed API process is for everything. Above a tenth of a second sockets feel it.",
+                Query(f"max({quantile(0.99, _LAG, 'instance')})", "slowest"),
+                unit=units.Seconds,
                 limits=above(0.1, 0.5),
             ),
         ],

@@ -133,12 +133,8 @@ BOARD: Final = board(
         [
             timeseries(
                 "Processor",
-                "The share of what each process may use. At 1 it is throttled, and everything waits.",
-                Query(
-                    f"rate(process_cpu_seconds_total{_CHOSEN}[$__rate_interval])"
-                    " / on (instance, job) (process_cpu_limit_cores > 0)",
-                    _BY_PROCESS,
-                ),
+                "How much of one core each process takes. It cannot use another: at 1 everything waits.",
+                Query(f"rate(process_cpu_seconds_total{_CHOSEN}[$__rate_interval])", _BY_PROCESS),
                 unit=units.PercentUnit,
                 limits=above(0.8),
             ),

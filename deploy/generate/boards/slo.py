@@ -6,7 +6,7 @@ from grafana_foundation_sdk.models import units
 
 from deploy.generate.boards.panels import Column, Query, above, board, latency, row, stat, table, timeseries
 from deploy.generate.boards.promql import increase, largest, or_zero, per_minute, quantile, rate, ratio, total
-from deploy.generate.objectives import FAILED, REQUESTS
+from deploy.generate.objectives import FAILED, REQUESTS, RESPONSES, RESPONSES_FAILED
 from libs.observability.rules import PAGE
 
 _BURN: Final = "/ (1 - slo:objective:ratio)"
@@ -26,7 +26,8 @@ BOARD: Final = board(
         [
             stat(
                 "Urgent alerts",
-                "Alerts that fire and page somebody. The board of alerts lists them.",
+                "Critical alerts page whoever is on call, high ones tell the team, which sees to them today. The"
+                " board of alerts lists them.",
                 or_zero('count(ALERTS{alertstate="firing", severity=~"critical|high"})'),
                 unit=units.Short,
                 limits=above(1),
@@ -48,7 +49,7 @@ BOARD: Final = board(
             stat(
                 "Requests that failed",
                 "The share that was answered with 5xx in the last five minutes.",
-                ratio(rate(FAILED, over="5m"), rate(REQUESTS, over="5m")),
+                ratio(rate(RESPONSES_FAILED, over="5m"), rate(RESPONSES, over="5m")),
                 unit=units.PercentUnit,
                 limits=above(0.001, 0.05),
                 empty="no traffic",
@@ -150,7 +151,7 @@ BOARD: Final = board(
             timeseries(
                 "Requests that failed",
                 "The share answered with 5xx.",
-                Query(ratio(rate(FAILED), rate(REQUESTS)), "5xx"),
+                Query(ratio(rate(RESPONSES_FAILED), rate(RESPONSES)), "5xx"),
                 unit=units.PercentUnit,
                 limits=above(0.001, 0.05),
                 empty="no traffic",

@@ -152,10 +152,36 @@ PLATFORM: Final[tuple[Case, ...]] = (
         "LogLinesNotStored", {'log_lines_not_stored_total{level="routine",job="sessiongate-api"}': "0+5x20"}, after=20
     ),
     Firing(
+        "RuleEvaluationFailing",
+        {'prometheus_rule_evaluation_failures_total{job="prometheus",rule_group="alerts.yml;platform"}': "0 0 0 1 2"},
+        after=4,
+        says="Rules of alerts.yml;platform fail: their alerts are silent, whatever happens.",
+        value="2",
+        labels=(("rule_group", "alerts.yml;platform"),),
+    ),
+    Quiet(
+        "RuleEvaluationFailing",
+        {'prometheus_rule_evaluation_failures_total{job="prometheus",rule_group="alerts.yml;platform"}': "3+0x20"},
+        after=20,
+    ),
+    Firing(
+        "NotificationsDropped",
+        {'prometheus_notifications_dropped_total{job="prometheus"}': "0 0 0 3 3"},
+        after=4,
+        says="Alerts that no Alertmanager took: 3.",
+        value="3",
+    ),
+    Quiet("NotificationsDropped", {'prometheus_notifications_dropped_total{job="prometheus"}': "3+0x20"}, after=20),
+    Firing(
+        "Watchdog",
+        {},
+        after=0,
+        says="This one always fires. When it does not, Prometheus or Alertmanager is down.",
+        value="1",
+    ),
+    Firing(
         "AlertDeliveryFailing",
-        {
-            'alertmanager_notifications_failed_total{job="alertmanager",integration="webhook"}': "0 0 0 0 0 0 0 0 0 0 2 2"
-        },
+        {'alertmanager_notifications_failed_total{job="alertmanager",integration="webhook"}': "2+0x9 4 4"},
         after=11,
         says="Attempts to tell a webhook that have failed: 2.",
         value="2",

@@ -4,14 +4,9 @@ from typing import Final
 
 from tests.deploy.cases.case import Case, Firing, Quiet
 
-PROBES: Final = 'route="/healthz",method="GET",status="200"'
-
 
 def _requests(status: str, values: str) -> dict[str, str]:
-    return {
-        f'http_request_duration_seconds_count{{route="/api/v1/me",method="GET",status="{status}"}}': values,
-        f"http_request_duration_seconds_count{{{PROBES}}}": "0+1000x60",
-    }
+    return {f'http_responses_total{{class="{status}"}}': values}
 
 
 def _durations(metric: str, labels: str, *, below: str, above: str, many: int) -> dict[str, str]:
@@ -26,13 +21,13 @@ def _durations(metric: str, labels: str, *, below: str, above: str, many: int) -
 REQUESTS_AND_CHAT: Final[tuple[Case, ...]] = (
     Firing(
         "HighErrorRate",
-        _requests("200", "0+94x60") | _requests("500", "0+4x60") | _requests("503", "0+2x60"),
+        _requests("2xx", "0+94x60") | _requests("5xx", "0+6x60"),
         after=15,
         says="6% of requests were answered with 5xx.",
         value="0.06",
     ),
-    Quiet("HighErrorRate", _requests("200", "0+95x60") | _requests("500", "0+5x60"), after=30),
-    Quiet("HighErrorRate", _requests("200", "0+50x60") | _requests("400", "0+50x60"), after=30),
+    Quiet("HighErrorRate", _requests("2xx", "0+95x60") | _requests("5xx", "0+5x60"), after=30),
+    Quiet("HighErrorRate", _requests("2xx", "0+50x60") | _requests("4xx", "0+50x60"), after=30),
     # Half of the requests are quick, and probes do not count.
     Firing(
         "HighResponseTime",
@@ -97,7 +92,7 @@ REQUESTS_AND_CHAT: Final[tuple[Case, ...]] = (
         {
             "chat_connections_opened_total": "0+94x20",
             'chat_connection_failures_total{reason="upgrade"}': "0+4x20",
-            'chat_connection_failures_total{reason="timeout"}': "0+2x20",
+            'chat_connection_failures_total{reason="auth"}': "0+2x20",
         },
         after=15,
         says="Only 94% of sockets were opened.",
@@ -109,6 +104,23 @@ REQUESTS_AND_CHAT: Final[tuple[Case, ...]] = (
             "chat_connections_opened_total": "0+95x20",
             'chat_connection_failures_total{reason="upgrade"}': "0+5x20",
         },
+        after=20,
+    ),
+    # They were open before.
+    Quiet(
+        "ChatConnectionSuccessLow",
+        {
+            "chat_connections_opened_total": "0+50x20",
+            'chat_connection_failures_total{reason="upgrade"}': "0+0x20",
+            'chat_connection_failures_total{reason="timeout"}': "0+30x20",
+            'chat_connection_failures_total{reason="protocol"}': "0+20x20",
+        },
+        after=20,
+    ),
+    # Two at night, of which one has failed.
+    Quiet(
+        "ChatConnectionSuccessLow",
+        {"chat_connections_opened_total": "0+1x20", 'chat_connection_failures_total{reason="upgrade"}': "0+1x20"},
         after=20,
     ),
     Quiet(
