@@ -35,7 +35,8 @@ S = TypeVar("S")
 
 def is_chosen(trace_id: int, ratio: float) -> bool:
     """Whether a trace belongs to the share that is kept in any case: by its id alone, as OpenTelemetry's
-    `TraceIdRatioBased` has it, so that all processes agree and no caller can force it."""
+    `TraceIdRatioBased` has it, so that all processes agree, whatever a caller's flags say. A caller who chooses the id
+    chooses whether it is kept."""
     return trace_id & 0xFFFF_FFFF_FFFF_FFFF < round(ratio * 2**64)
 
 
