@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, get_args
 from urllib.parse import quote, quote_plus
 
+import asyncpg
 import httpx2
 import orjson
 import pytest
@@ -181,6 +182,20 @@ async def in_alerts(api: Api) -> None:
         assert response.status_code == status, response.text
 
 
+async def to_a_database_that_refuses(api: Api, calls: list[Call], owner_url: str) -> None:
+    """Good requests whose rows the database refuses, and quotes."""
+    owner = await asyncpg.connect(owner_url)
+    for template, table, text in (
+        ("/chat/{context}/messages", "messages", "body"),
+        ("/appointments", "appointments", "reason"),
+    ):
+        [call] = [call for call in calls if call.method == "POST" and call.template.endswith(template)]
+        await owner.execute(f"ALTER TABLE {table} ADD CONSTRAINT refused CHECK ({text} IS NULL) NOT VALID")
+        assert (await sung(api, call)).status_code == 500
+        await owner.execute(f"ALTER TABLE {table} DROP CONSTRAINT refused")
+    await owner.close()
+
+
 async def to_strangers(api: Api) -> None:
     """Requests that no route answers, or a public one."""
     for path in ("/", "/problems/", "/api/v1/chat/", "/metrics/", "/docs/"):
@@ -222,6 +237,7 @@ async def told(
         await in_frames(api, session)
         await in_alerts(api)
         await to_strangers(api)
+        await to_a_database_that_refuses(api, calls, urls.owner)
         for call in calls:
             response = await sung(api, call)
             assert response.is_success, f"{call.method} {call.path()}: {response.text}"
@@ -258,6 +274,9 @@ def it_was_really_told(told: Told) -> None:
     api, worker = ([line["event"] for line in lines_of(log)] for log in told.logs)
     assert {"http_request", "auth_failed", "chat_message_stored", "chat_connection_closed", "alert_received"} <= {*api}
     assert {"outbox_dispatched", "outbox_failed", "worker_stopped"} <= {*worker}
+    assert [line["event"] for line in lines_of(told.logs[0])].count("unhandled_error") == 2
+    refused = {span.name for span in told.spans if 'violates check constraint "refused"' in span.status.message}
+    assert {"chat.send", "scheduling.book"} <= refused
     assert len(told.spans) > 500
     assert len(told.stored) > 100
     assert {"http_request", "outbox_failed"} <= {orjson.loads(line)["event"] for line in told.stored}

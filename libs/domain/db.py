@@ -18,7 +18,6 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from libs.domain.statements import trace_engine, trace_statements
 from libs.observability.registry import Metrics
-from libs.observability.tracing import is_recording
 
 CONNECT_TIMEOUT: Final = 3.0
 POOL_TIMEOUT: Final = 2.0
@@ -78,8 +77,7 @@ class Database:
             except BaseException:
                 connection.terminate()  # or nobody ever closes it
                 raise
-            if is_recording():
-                trace_statements(connection)
+            trace_statements(connection)
             return connection
 
         self.max_connections: Final = 2 * pool_size
@@ -97,8 +95,7 @@ class Database:
             hide_parameters=True,
             json_deserializer=orjson.loads,
         )
-        if is_recording():
-            trace_engine(self._transactions.sync_engine)
+        trace_engine(self._transactions.sync_engine)
         self._statements: Final = asyncpg.create_pool(
             connect=lambda *_, **options: connect(**options),
             init=_read_json,

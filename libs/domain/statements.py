@@ -15,7 +15,7 @@ import asyncpg
 from opentelemetry.trace import SpanKind
 from sqlalchemy import Engine, event
 
-from libs.observability.tracing import record_step
+from libs.observability.tracing import is_recording, record_step
 
 _CHANGE: Final = re.compile(
     r"\b(?:(INSERT) INTO|(?<!FOR )(?<!KEY )(?<!DO )(UPDATE)|(DELETE) FROM)\s+(\w+)", re.IGNORECASE
@@ -26,15 +26,21 @@ _WORD: Final = re.compile(r"\w+")
 
 
 def trace_statements(connection: "asyncpg.Connection[Any]") -> None:
-    """Has spans recorded of the statements of a bare connection."""
-    connection.add_query_logger(_logged)
+    """Has spans recorded of the statements of a bare connection, if there is a collector."""
+    if is_recording():
+        connection.add_query_logger(_logged)
 
 
 def trace_engine(engine: Engine) -> None:
-    """Likewise of the statements that go through SQLAlchemy."""
-    event.listen(engine, "before_cursor_execute", _begun)
-    event.listen(engine, "after_cursor_execute", _finished)
-    event.listen(engine, "handle_error", _failed)
+    """Likewise of the statements that go through SQLAlchemy, once it connects."""
+
+    def connected(*_: Any) -> None:
+        if is_recording():
+            event.listen(engine, "before_cursor_execute", _begun)
+            event.listen(engine, "after_cursor_execute", _finished)
+            event.listen(engine, "handle_error", _failed)
+
+    event.listen(engine, "first_connect", connected)
 
 
 @lru_cache(maxsize=1024)

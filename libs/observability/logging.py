@@ -146,7 +146,7 @@ def _described(error: BaseException | None, *, stack: bool) -> dict[str, Any]:
     if error is None:
         return {}
     place = "|".join(f"{code.co_filename.rsplit('/', 2)[-1]}:{code.co_name}" for code, _ in places_of(error))
-    described = {
+    described: dict[str, Any] = {
         "exception_type": type(error).__name__,
         "error_message": str(error).strip().partition("\n")[0],
         "stack_fingerprint": hashlib.sha256(f"{type(error).__name__}|{place}".encode()).hexdigest()[:16],

@@ -35,7 +35,8 @@ S = TypeVar("S")
 
 def is_chosen(trace_id: int, ratio: float) -> bool:
     """Whether a trace belongs to the share that is kept in any case: by its id alone, as OpenTelemetry's
-    `TraceIdRatioBased` has it, so that all processes agree and no caller can force it."""
+    `TraceIdRatioBased` has it, so that all processes agree, whatever a caller's flags say. A caller who chooses the id
+    chooses whether it is kept."""
     return trace_id & 0xFFFF_FFFF_FFFF_FFFF < round(ratio * 2**64)
 
 
@@ -61,6 +62,24 @@ class Trace(Generic[S]):
         return spans
 
 
+class _Turn:
+    """A lock that is free or not: it is not for a thread that has it already. Python may collect an abandoned
+    coroutine at any moment, and have it end its spans in the middle of what that thread is doing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+
+    def __enter__(self) -> bool:
+        self._lock.acquire()
+        self._depth += 1
+        return self._depth == 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        self._lock.release()
+
+
 class Tail(Generic[S]):
     """Remembers the ended spans of traces that are not kept, in case they will be. `export` gets those that are,
     one by one; `on_error` the id of each trace that an error made worth keeping. For use by any thread."""
@@ -73,14 +92,17 @@ class Tail(Generic[S]):
         }
         self._evicted = metrics.counter("obs_spans_dropped_total", "evicted")
         self._truncated = metrics.counter("obs_spans_dropped_total", "truncated")
-        self._lock = threading.Lock()
+        self._turn = _Turn()
+        self._late: deque[tuple[Trace[S], S, bool]] = deque()
         self._open: dict[int, Trace[S]] = {}
         self._over: OrderedDict[int, Trace[S]] = OrderedDict()
         self._remembered = 0
 
     def begin(self, trace_id: int, *, chosen: bool) -> Trace[S]:
         """A span of that trace begins; `ended` must follow."""
-        with self._lock:
+        with self._turn as free:
+            if not free:
+                return Trace(trace_id, "head" if chosen else None)  # which nothing remembers
             trace = self._open.get(trace_id)
             if trace is None:
                 trace = self._forget(trace_id) or Trace(trace_id, "head" if chosen else None)
@@ -91,9 +113,37 @@ class Tail(Generic[S]):
             return trace
 
     def ended(self, trace: Trace[S], span: S, *, failed: bool) -> None:
+        at_once = self._end(trace, span, failed)
+        while at_once and self._late:
+            try:
+                late = self._late.popleft()
+            except IndexError:
+                break  # another thread was faster
+            self._end(*late)
+
+    def keep(self, trace_id: int) -> None:
+        """Another process found an error in that trace: what there is of it here is exported, and what may come."""
+        with self._turn:
+            trace = self._open.get(trace_id) or self._forget(trace_id) or Trace(trace_id, None)
+            spans = trace.take()
+            trace.kept = trace.kept or "remote"
+            if trace.open == 0:
+                self._remember(trace)
+        self._hand_over(trace, spans)
+
+    def sizes(self) -> tuple[int, int]:
+        """How many traces have open spans, and how many spans of ended traces are remembered."""
+        with self._turn:
+            return len(self._open), sum(len(trace.spans) for trace in self._over.values())
+
+    def _end(self, trace: Trace[S], span: S, failed: bool) -> bool:
+        """Whether that was possible now; else it is for whoever is next to end a span."""
         spans: Sequence[S] = ()
         found = False
-        with self._lock:
+        with self._turn as free:
+            if not free:
+                self._late.append((trace, span, failed))
+                return False
             if trace.kept:
                 spans = (span,)
             elif failed:
@@ -110,21 +160,7 @@ class Tail(Generic[S]):
         self._hand_over(trace, spans)
         if found:
             self.on_error(trace.id)
-
-    def keep(self, trace_id: int) -> None:
-        """Another process found an error in that trace: what there is of it here is exported, and what may come."""
-        with self._lock:
-            trace = self._open.get(trace_id) or self._forget(trace_id) or Trace(trace_id, None)
-            spans = trace.take()
-            trace.kept = trace.kept or "remote"
-            if trace.open == 0:
-                self._remember(trace)
-        self._hand_over(trace, spans)
-
-    def sizes(self) -> tuple[int, int]:
-        """How many traces have open spans, and how many spans of ended traces are remembered."""
-        with self._lock:
-            return len(self._open), sum(len(trace.spans) for trace in self._over.values())
+        return True
 
     def _hand_over(self, trace: Trace[S], spans: Sequence[S]) -> None:
         if spans and trace.kept and not trace.announced:

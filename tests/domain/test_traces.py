@@ -43,7 +43,8 @@ def traced(monkeypatch: pytest.MonkeyPatch, collector: OtlpReceiver) -> Iterator
 
 
 @pytest.fixture
-async def database(urls: Urls, traced: Tracing) -> AsyncIterator[Database]:
+async def database(urls: Urls) -> AsyncIterator[Database]:
+    """Made before tracing is configured, and not yet connected."""
     opened = Database(urls.app, application="tests", pool_size=10)
     yield opened
     await opened.close()

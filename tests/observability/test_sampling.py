@@ -1,12 +1,15 @@
 """Every trace that contains an error is kept, whole, and what that takes has bounds."""
 
 import asyncio
+import gc
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import suppress
+from contextvars import copy_context
+from typing import Any
 
 import pytest
 from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode, get_current_span, use_span
@@ -245,6 +248,52 @@ def test_threads_may_have_their_parts_in_one_trace(tailed: Tracing, receiver: Ot
     tailed.shutdown()
     assert Counter(names(receiver)) == {"outer": 1, "inner": 200, "innermost": 200}
     assert tail_of(tailed).sizes() == (0, 0)
+
+
+class Pause:
+    def __await__(self) -> Generator[None]:
+        yield
+
+
+def abandon(name: str, parent: dict[str, str]) -> None:
+    """Leaves a coroutine with an open span to the garbage collector."""
+    circle: list[object] = []
+
+    async def work() -> None:
+        circle.append(coroutine)
+        with span(name, parent=parent):
+            try:
+                await Pause()
+            finally:
+                with span(f"end of {name}"):
+                    pass
+
+    coroutine = work()
+    copy_context().run(coroutine.send, None)
+
+
+def test_spans_that_the_garbage_collector_ends_in_the_middle_of_another_are_not_lost(
+    tailed: Tracing, receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Collecting(sampling.Trace[object]):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            gc.collect()
+
+    gc.collect()
+    monkeypatch.setattr(sampling, "Trace", Collecting)
+    gc.disable()
+    try:
+        for number in range(3):
+            abandon(f"abandoned {number}", traceparent(NOT_CHOSEN))
+            with span("next"):
+                pass
+    finally:
+        gc.enable()
+    assert tail_of(tailed).sizes() == (0, 6)
+    tail_of(tailed).keep(NOT_CHOSEN)
+    tailed.shutdown()
+    assert names(receiver) == [f"abandoned {number}" for number in range(3)]
 
 
 def test_a_call_outside_of_any_trace_is_not_recorded_and_neither_is_what_is_within(
