@@ -9,7 +9,6 @@ from deploy.generate.prometheus import API
 TOKENS: Final = "/etc/alertmanager/secrets"
 """The folder of the bearer tokens: `api`, and `oncall` for those who tell people."""
 
-
 PEOPLE: Final = ("oncall", "team", "watchdog")
 """Receivers that reach somebody: whoever is on call, those who see to the rest in daytime, and a dead man's switch."""
 

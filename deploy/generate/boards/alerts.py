@@ -7,13 +7,14 @@ from grafana_foundation_sdk.models import units
 from deploy.generate.boards.panels import Column, Query, above, board, row, stat, states, table, timeseries
 from deploy.generate.boards.promql import STEP, increase, or_zero, per_minute, quantile, rate, ratio
 
-_FIRING: Final = 'ALERTS{alertstate="firing"}'
+# The watchdog always fires, and nothing is wrong while it does.
+_FIRING: Final = 'ALERTS{alertstate="firing", alertname!="Watchdog"}'
 _NOTIFICATIONS: Final = "alertmanager_notifications_total"
 _FAILED: Final = "alertmanager_notifications_failed_total"
 
 
 def _firing(severity: str) -> str:
-    return or_zero(f'count(ALERTS{{alertstate="firing", severity="{severity}"}})')
+    return or_zero(f'count({_FIRING[:-1]}, severity="{severity}"}})')
 
 
 BOARD: Final = board(
