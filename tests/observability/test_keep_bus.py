@@ -1,4 +1,4 @@
-"""Processes tell each other which traces contain an error."""
+"""Processes tell each other which traces contain an error, as far as what carries that lets them."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

@@ -1,4 +1,4 @@
-"""What is exported to a collector, what is not, and that nobody waits for it."""
+"""What is exported to a collector, and what is not."""
 
 import asyncio
 import random
@@ -354,3 +354,19 @@ def test_an_exemplar_points_to_kept_traces_alone(configure: Configure, receiver:
     assert exemplar(traceparent(0xA1, "01")) == {"trace_id": f"{0xA1:032x}"}
     assert exemplar(traceparent(0xA1, "00")) is None
     assert exemplar({}) is None
+
+
+def test_what_is_left_is_exported_at_the_end(kept: Tracing, receiver: OtlpReceiver) -> None:
+    for _ in range(1500):
+        with span("work"):
+            pass
+    kept.shutdown()
+    assert len(receiver.spans("work")) == 1500
+
+
+def test_after_the_end_spans_are_harmless(kept: Tracing, receiver: OtlpReceiver) -> None:
+    kept.shutdown()
+    kept.shutdown()
+    with span("late"):
+        pass
+    assert receiver.spans() == []

@@ -1,4 +1,4 @@
-"""What becomes of spans on their way to a collector, and of those that it does not get."""
+"""A collector that is away or slow: nobody waits for it, and what it does not get is counted."""
 
 import socket
 import time
@@ -10,29 +10,8 @@ from libs.observability import tracing
 from libs.observability.redaction import RedactingSpanExporter
 from libs.observability.registry import Metrics
 from libs.observability.testing import OtlpReceiver, capture_logs
-from libs.observability.tracing import (
-    QUEUE_SPANS,
-    SHUTDOWN_SECONDS,
-    Tracing,
-    span,
-)
+from libs.observability.tracing import QUEUE_SPANS, SHUTDOWN_SECONDS, Tracing, span
 from tests.observability.conftest import Configure
-
-
-def test_what_is_left_is_exported_at_the_end(kept: Tracing, receiver: OtlpReceiver) -> None:
-    for _ in range(1500):
-        with span("work"):
-            pass
-    kept.shutdown()
-    assert len(receiver.spans("work")) == 1500
-
-
-def test_after_the_end_spans_are_harmless(kept: Tracing, receiver: OtlpReceiver) -> None:
-    kept.shutdown()
-    kept.shutdown()
-    with span("late"):
-        pass
-    assert receiver.spans() == []
 
 
 class DeafCollector:
