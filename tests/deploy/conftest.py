@@ -40,7 +40,7 @@ class Stack:
     oncall: Receiver
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
     for program in ("prometheus", "prometheus-alertmanager"):
         installed(program)
@@ -61,22 +61,18 @@ async def stack(servers: Servers, migrated: str, tmp_path_factory: pytest.TempPa
         prometheus = await stack.enter_async_context(running_prometheus(folder / "prometheus", addresses))
 
         name = await stack.enter_async_context(copy_of(servers, migrated, "monitored"))
-        url = url_of(servers, name, LOGIN)
+        url, redis_url = url_of(servers, name, LOGIN), f"{servers.redis_url}?db=1"  # nobody else's jobs
         collector = stack.enter_context(OtlpReceiver())
         tracing = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.http_endpoint, "OTEL_TRACES_SAMPLER_ARG": "1"}
         serving = tracing | {"SESSIONGATE_API_PORT": str(api_port), "SESSIONGATE_ALERTS_TOKEN": ALERTS_TOKEN}
-        api = await stack.enter_async_context(
-            running_api_process(url, servers.redis_url, folder / "api.jsonl", **serving)
-        )
+        api = await stack.enter_async_context(running_api_process(url, redis_url, folder / "api.jsonl", **serving))
         working = tracing | {
             "SESSIONGATE_WORKER_METRICS_PORT": str(worker_port),
             "SESSIONGATE_AUDIT_INTERVAL_SECONDS": "1",
         }
 
         async def start_worker() -> Worker:
-            return await stack.enter_async_context(
-                running_worker(url, servers.redis_url, folder / "worker.jsonl", **working)
-            )
+            return await stack.enter_async_context(running_worker(url, redis_url, folder / "worker.jsonl", **working))
 
         worker = await start_worker()
         await until(lambda: prometheus.query(RATES), seconds=60)
