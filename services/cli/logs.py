@@ -121,14 +121,14 @@ _COLOURS: Final = {"warning": "yellow", "error": "red", "critical": "bold red"}
 
 
 def _show(lines: list[dict[str, Any]]) -> None:
-    """One line for each, however long."""
+    """One line for each, however long, of what it has to say."""
     console = Console(soft_wrap=True, highlight=False)
     for line in lines:
         shown = Text(f"{line['timestamp'][:23].replace('T', ' ')} ")
         shown.append(f"{line['level']:<8}", _COLOURS.get(line["level"]))
         shown.append(f"{line.get('component', '')} {line.get('event', '')}", "bold")
         for name, value in line.items():
-            if name not in EVERY_LINE:
+            if name not in EVERY_LINE and value is not None:
                 shown.append(f" {name}=", "dim")
                 shown.append(_printable(value if isinstance(value, str) else json.dumps(value)))
         console.print(shown)

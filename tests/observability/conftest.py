@@ -1,5 +1,6 @@
 """Tracing that is configured for one test, and a collector for it."""
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -48,6 +49,10 @@ def configure(monkeypatch: pytest.MonkeyPatch, receiver: OtlpReceiver, metrics: 
     yield configure
     for each in configured:
         each.shutdown()
+    # An exporter that still tries would say so in the log of another test.
+    for thread in threading.enumerate():
+        if thread.name == "tracing shutdown":
+            thread.join()
 
 
 @pytest.fixture

@@ -39,7 +39,12 @@ def test_a_collector_that_fails_holds_up_nobody(
     monkeypatch.setattr(tracing, "SHUTDOWN_SECONDS", SHUTDOWN_SECONDS / 10)
     endpoint = deaf if answers else "http://127.0.0.1:1"
     with capture_logs():
-        configured = configure(EXPORTER_OTLP_ENDPOINT=endpoint, EXPORTER_OTLP_PROTOCOL=protocol, TRACES_SAMPLER_ARG="1")
+        configured = configure(
+            EXPORTER_OTLP_ENDPOINT=endpoint,
+            EXPORTER_OTLP_PROTOCOL=protocol,
+            EXPORTER_OTLP_TIMEOUT="1",
+            TRACES_SAMPLER_ARG="1",
+        )
         began = time.perf_counter()
         # More than the queue holds, so that it is full while the collector has nothing.
         for _ in range(5000):
