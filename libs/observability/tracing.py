@@ -134,9 +134,9 @@ def configure_tracing(
     ratio = _ratio()
     resource = Resource.create({"service.name": service, "service.version": version})
     propagate.set_global_textmap(_PROPAGATOR)
+    # Instrumentations still have the names of attributes that became stable as an option, and ask for it once.
+    os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
     if endpoint:
-        # Instrumentations still have the names of attributes that became stable as an option.
-        os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
         queue = _BoundedQueue(RedactingSpanExporter(_exporter(), Redactor()), metrics)
         tail = Tail[RecordedSpan](lambda span: queue.on_end(span.readable(resource)), metrics)
         _tracing = Tracing(Recorder(tail, ratio), resource, expected, tail, queue)
