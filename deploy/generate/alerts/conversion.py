@@ -2,7 +2,8 @@
 
 from typing import Final
 
-from libs.domain.conversion.monitor import WAITING, Thresholds
+from libs.domain.conversion.causes import WAITING
+from libs.domain.conversion.monitor import Thresholds
 from libs.observability.rules import Alert
 
 # The same as those of `sessiongate appointments monitor-sessions`.

@@ -15,6 +15,10 @@ class FailureReason(StrEnum):
     UNKNOWN_ERROR = "unknown_error"
 
 
+WAITING: Final = FailureReason.CONFLICT_EXISTING_SESSION
+"""The failure of whoever waits for a busy doctor or patient: it is told every ten seconds, and mends itself."""
+
+
 class SkipReason(StrEnum):
     """What happened to an appointment between its selection and its lock; or that it cannot start before it is due,
     which says nothing about whether it can then."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-from libs.domain.conversion.causes import FailureReason
+from libs.domain.conversion.causes import WAITING
 from libs.domain.conversion.statement import DUE_AT
 from libs.domain.db import Database
 from libs.domain.tables import BACKLOG, DUE
@@ -20,9 +20,6 @@ SAMPLE_SECONDS: Final = 15
 SAMPLES_KEPT: Final = "7 days"
 PATIENCE_SECONDS: Final = 30
 """How long what could be tried may wait until it is overdue; a worker takes it within a second."""
-
-WAITING: Final = FailureReason.CONFLICT_EXISTING_SESSION
-"""The failure of whoever waits for a busy doctor or patient: it is told every ten seconds, and mends itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
-from libs.domain.conversion.causes import FailureReason
+from libs.domain.conversion.causes import WAITING
 from libs.domain.conversion.runs import SOURCE, Outcome, Run, Task
 from libs.domain.telemetry import logger
 from libs.observability.context import carrier
@@ -71,7 +71,7 @@ class Reporter:
         ended_ns = time.time_ns()
         batch = carrier()
         for outcome in outcomes:
-            failed = outcome.result == "failed" and outcome.reason != FailureReason.CONFLICT_EXISTING_SESSION
+            failed = outcome.result == "failed" and outcome.reason != WAITING
             if outcome.span_id is not None or failed:
                 record_span(
                     "appointments.convert",
