@@ -57,7 +57,7 @@ def summary(statement: str) -> tuple[str, ...]:
 
 def _logged(query: Any) -> None:
     ended_ns = time.time_ns()
-    _record(query.query, ended_ns - int(query.elapsed * 1e9), ended_ns, query.exception)
+    trace_statement(query.query, ended_ns - int(query.elapsed * 1e9), ended_ns, query.exception)
 
 
 def _begun(_: Any, __: Any, ___: str, ____: Any, context: Any, *_____: Any) -> None:
@@ -65,17 +65,18 @@ def _begun(_: Any, __: Any, ___: str, ____: Any, context: Any, *_____: Any) -> N
 
 
 def _finished(_: Any, __: Any, statement: str, ___: Any, context: Any, *____: Any) -> None:
-    _record(statement, context.began_ns, time.time_ns(), None)
+    trace_statement(statement, context.began_ns, time.time_ns(), None)
 
 
 def _failed(failure: Any) -> None:
     began_ns = getattr(failure.execution_context, "began_ns", None)
     if began_ns is not None:
         error = failure.original_exception
-        _record(failure.statement, began_ns, time.time_ns(), error.__cause__ or error)
+        trace_statement(failure.statement, began_ns, time.time_ns(), error.__cause__ or error)
 
 
-def _record(statement: str, start_ns: int, end_ns: int, error: BaseException | None) -> None:
+def trace_statement(statement: str, start_ns: int, end_ns: int, error: BaseException | None) -> None:
+    """Records a statement that is over, from `start_ns` to `end_ns` in Unix time, within the current span."""
     words = summary(statement)
     if words:
         name = " ".join(words)

@@ -20,7 +20,8 @@ from sqlalchemy.orm import registry
 
 from libs.domain import tables
 
-_numbers = count(1)
+# Beyond those of the history.
+_numbers = count(1_000)
 
 
 class NewMessage(BaseModel):

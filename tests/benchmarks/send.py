@@ -28,6 +28,16 @@ from tests.servers import migrate, running_servers, url_of
 SESSIONS: Final = 1000
 BODY: Final = "The tablets help, but I still wake up at night. Should I take them in the morning instead?"
 
+SPOKEN: Final = 10
+"""Messages that there are in each conversation from the beginning."""
+
+_HISTORY: Final = """
+    WITH numbered AS (UPDATE conversations SET last_seq = $1::int RETURNING *)
+    INSERT INTO messages (tenant_id, conversation_id, seq, sender_id, client_message_id, kind, body)
+    SELECT c.tenant_id, c.id, n, p.user_id, 'earlier ' || n, 'text', 'Good morning!'
+    FROM numbered c JOIN participants p ON p.conversation_id = c.id AND p.role = 'patient'
+    CROSS JOIN generate_series(1, $1::int) n
+"""
 _PARTIES: Final = """
     SELECT s.tenant_id, s.patient_id, c.id AS conversation_id, s.kind || '_session:' || s.id AS context
     FROM sessions s JOIN conversations c ON c.session_id = s.id ORDER BY s.id
@@ -98,6 +108,8 @@ async def open_rooms(owner_url: str, number: int) -> Sequence[Room]:
     await database.close()
     # As after the doctor's first message, which changes more than others do.
     await connection.execute(f"{ACTIVATE} WHERE kind = 'text'")
+    # A table known to be empty would be read from end to end by each statement, until its statistics are renewed.
+    await connection.execute(_HISTORY, SPOKEN)
     await settle(connection)
     rows = await connection.fetch(_PARTIES)
     await connection.close()

@@ -4,13 +4,13 @@ Both number the message from the conversation's own counter in the statement tha
 numbers have no gaps, and both insert plainly: `ON CONFLICT` would burn a number. Whatever keeps the message
 from being stored, the row that is answered tells.
 
-What most messages need of the first is a statement of its own, at three quarters of its cost: `STORE`.
+What most messages need of the first, a third statement does for many of them at once: `STORE`.
 """
 
 from typing import Final
 
 from libs.domain.billing.posting import UNIT_SQL, allowance
-from libs.domain.sessions.facts import SESSION_COLUMNS
+from libs.domain.sessions.facts import OVERDUE, SESSION_COLUMNS
 
 # $1 id, $2 tenant id, $3 user id, $4 role, $5 client message id, $6 kind of message, $7 body, $8 sealed body,
 # $9 key id, $10 media url, $11 id of the message replied to, $12 interval between messages at an even pace,
@@ -115,36 +115,58 @@ SEND_BY_APPOINTMENT: Final = _SEND.format(
 
 STORE: Final = f"""
     WITH target AS MATERIALIZED (
-        SELECT {SESSION_COLUMNS}
-        FROM sessions s JOIN conversations c ON c.session_id = s.id
-        WHERE {_IS_THE_SESSION}
-        {_LOCKED}
+        SELECT new.*, found.*
+        FROM unnest($1::bigint[], $2::text[], $3::bigint[], $4::bigint[], $5::text[], $6::text[], $7::text[],
+                    $8::text[], $9::bytea[], $10::text[], $11::text[])
+            AS new (ref_id, ref_kind, tenant_id, user_id, role, client_message_id, message_kind,
+                    body, sealed_body, key_id, media_url)
+        CROSS JOIN LATERAL (
+            SELECT {SESSION_COLUMNS}
+            FROM sessions s
+            JOIN conversations c ON c.session_id = s.id
+            JOIN participants p ON p.conversation_id = c.id AND p.user_id = new.user_id
+            WHERE s.id = new.ref_id AND s.kind = new.ref_kind AND s.tenant_id = new.tenant_id
+              AND s.status = ANY ($14::text[]) AND NOT {OVERDUE} AND NOT (s.kind = 'text' AND s.status = 'waiting')
+              AND EXISTS (
+                  SELECT FROM users u
+                  WHERE u.tenant_id = new.tenant_id AND u.id = new.user_id AND u.role = new.role AND u.active
+              )
+              AND NOT EXISTS (
+                  SELECT FROM messages m
+                  WHERE m.conversation_id = c.id AND m.client_message_id = new.client_message_id
+              )
+              AND {_IN_PACE}
+            FOR NO KEY UPDATE OF s, p SKIP LOCKED
+        ) AS found
     ),
     paced AS (
         UPDATE participants p SET paced_at = {_NEXT_PACE}
         FROM target t
-        WHERE p.conversation_id = t.conversation_id AND p.user_id = $3 AND {_IS_ACTIVE}
-          AND {_PASSES} AND NOT (t.kind = 'text' AND t.session_status = 'waiting')
-          AND $11::bigint IS NULL AND NOT EXISTS (
-              SELECT FROM messages m WHERE m.conversation_id = t.conversation_id AND m.client_message_id = $5
-          )
-          AND {_IN_PACE}
-        RETURNING p.conversation_id
+        WHERE p.conversation_id = t.conversation_id AND p.user_id = t.user_id
     ),
     numbered AS (
         UPDATE conversations c SET last_seq = c.last_seq + 1
-        FROM paced WHERE c.id = paced.conversation_id
-        RETURNING c.id, c.last_seq AS seq
+        FROM target t
+        WHERE c.id = t.conversation_id
+        RETURNING t.*, c.last_seq AS seq
     ),
     stored AS (
         INSERT INTO messages (tenant_id, conversation_id, seq, sender_id, client_message_id, kind, body, sealed_body,
                               key_id, media_url)
-        SELECT $2, id, seq, $3, $5, $6, $7, $8, $9, $10 FROM numbered
-        RETURNING id, seq, sent_at
+        SELECT tenant_id, conversation_id, seq, user_id, client_message_id, message_kind, body, sealed_body,
+               key_id, media_url
+        FROM numbered
+        RETURNING id, conversation_id, seq, sent_at
     )
-    SELECT true AS caller_active, t.*, n.id AS message_id, n.seq, n.sent_at, NULL::bigint AS duplicate_id,
+    SELECT true AS caller_active, t.session_id, t.kind, t.session_status, t.patient_id, t.doctor_id, t.appointment_id,
+           t.conversation_id, t.overdue, t.begun, n.id AS message_id, n.seq, n.sent_at, NULL::bigint AS duplicate_id,
            NULL::bigint AS original_id, false AS activated
-    FROM target t, stored n
+    FROM target t JOIN stored n ON n.conversation_id = t.conversation_id
 """
-"""Stores a message that answers none, in a session whose state it does not change, under a new id; its parameters
-end with $15. It answers no row when anything at all is in the way, which `SEND_BY_SESSION` then tells."""
+"""Stores messages that answer none, in sessions whose state they do not change, under new ids: the rows are theirs,
+each as `SEND_BY_SESSION` would answer it. A message is left out when anything at all is in its way, be it somebody
+who works on the same session at this moment: nothing here is waited for, and `SEND_BY_SESSION` tells why.
+
+Of each message, no two of which may be for one session: $1 id of the session, $2 its kind, $3 tenant id, $4 user id,
+$5 role, $6 client message id, $7 kind of message, $8 body, $9 sealed body, $10 key id, $11 media url. Of all of them:
+$12 and $13 as above, $14 states that pass."""

@@ -7,6 +7,7 @@ refusal, so there is no moment between the check and the act in which a session 
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Final, TypeAlias
@@ -16,14 +17,26 @@ import asyncpg
 from libs.domain import people
 from libs.domain.chat import conversations, messages
 from libs.domain.chat.bodies import Bodies, StoredBody
+from libs.domain.chat.group_commit import GroupCommit
 from libs.domain.chat.messages import Message
-from libs.domain.chat.send_statement import CONVERSATION_OF_SESSION, SEND_BY_APPOINTMENT, SEND_BY_SESSION, STORE
+from libs.domain.chat.send_statement import CONVERSATION_OF_SESSION, SEND_BY_APPOINTMENT, SEND_BY_SESSION
 from libs.domain.db import Database, driver
 from libs.domain.sessions import facts
 from libs.domain.sessions.settlement import Settlement
 from libs.domain.telemetry import logger
 from libs.domain.transaction import Bell, transaction
-from libs.guardrails import AppointmentRef, Claim, Facts, Guard, Reason, Refused, SessionContext, SessionRef
+from libs.guardrails import (
+    AppointmentRef,
+    Claim,
+    Facts,
+    Guard,
+    Principal,
+    Reason,
+    Refused,
+    SessionContext,
+    SessionRef,
+    SessionStatus,
+)
 from libs.guardrails.operations import ReplyToMessage, SendMessage
 from libs.observability.registry import Metrics
 from libs.observability.tracing import exemplar
@@ -80,6 +93,7 @@ class Chat:
         self._response_window = response_window
         self._inactivity = inactivity
         self._pace = timedelta(minutes=1) / messages_per_minute
+        self._together = GroupCommit(database, self._pace, BURST, _names(SendMessage.passes))
         self._received = metrics.counter("chat_messages_total", "received")
         self._retries = metrics.counter("chat_message_retries_total")
         self._duration = metrics.histogram("chat_message_processing_duration_seconds", "received")
@@ -104,12 +118,18 @@ class Chat:
         return sent
 
     async def _send_by_session(self, claim: Claim[Sending], session: SessionRef, new: NewMessage, began: float) -> Sent:
+        body = await self._stored_body(claim, session, new)
+        if new.reply_to is None:
+            values = (session.id, session.kind.value, *_columns(claim.caller, new, body))
+            row = await self._together.store(session.id, values)
+            if row is not None:
+                return self._sent(self._guard.open(claim, _facts(row)), row, new, began)
         async with self._database.autocommit() as connection:
-            row = await self._insert(connection, claim, session, new)
+            row = await self._insert(connection, claim, session, new, body)
             known = _facts(row)
             if not (known.session and known.session.overdue):
                 context = self._guard.open(claim, known)
-                return await self._sent(connection, context, row, new, began)
+                return await self._judged(connection, context, row, new, began)
         # Not while holding a connection of the other pool.
         async with transaction(self._database, self._bell) as tx:
             await self._settlement.one(tx, known.session.id)
@@ -126,56 +146,52 @@ class Chat:
             context = self._guard.open(claim, known)
             connection = await driver(await tx.connection())
             if known.session is not None:
-                row = await self._insert(connection, claim, known.session.ref, new)
+                body = self._bodies.seal(known.session.conversation_id, new.client_message_id, new.body)
+                row = await self._insert(connection, claim, known.session.ref, new, body)
             else:
                 conversation_id = await conversations.enter(tx, context)
-                row = await connection.fetchrow(
-                    SEND_BY_APPOINTMENT, *self._arguments(claim, subject.id, conversation_id, new)
-                )
-            return await self._sent(connection, context, row, new, began)
+                body = self._bodies.seal(conversation_id, new.client_message_id, new.body)
+                row = await connection.fetchrow(SEND_BY_APPOINTMENT, *self._arguments(claim, subject.id, new, body))
+            return await self._judged(connection, context, row, new, began)
+
+    async def _stored_body(self, claim: Claim[Sending], session: SessionRef, new: NewMessage) -> StoredBody:
+        if self._bodies.current is None:
+            return StoredBody(new.body, None, None)
+        # A sealed body is bound to its conversation, which for a session never changes.
+        async with self._database.autocommit() as connection:
+            found = await connection.fetchval(CONVERSATION_OF_SESSION, session.id, claim.caller.tenant_id)
+        if found is None:
+            async with transaction(self._database, self._bell) as tx:
+                active = await people.is_active(tx, claim.caller)
+            self._guard.open(claim, Facts(caller_active=active))
+            raise AssertionError(f"A session that nobody knows let {claim.operation.name} through.")
+        return self._bodies.seal(found, new.client_message_id, new.body)
 
     async def _insert(
-        self, connection: "asyncpg.Connection[Any]", claim: Claim[Sending], session: SessionRef, new: NewMessage
+        self,
+        connection: "asyncpg.Connection[Any]",
+        claim: Claim[Sending],
+        session: SessionRef,
+        new: NewMessage,
+        body: StoredBody,
     ) -> Any:
-        conversation_id = None
-        if self._bodies.current is not None:
-            # A sealed body is bound to its conversation, which for a session never changes.
-            conversation_id = await connection.fetchval(CONVERSATION_OF_SESSION, session.id, claim.caller.tenant_id)
         arguments = (
-            *self._arguments(claim, session.id, conversation_id, new),
+            *self._arguments(claim, session.id, new, body),
             session.kind.value,
-            [status.value for status in claim.operation.passes],
+            _names(claim.operation.passes),
+            self._response_window,
+            self._inactivity,
         )
-        windows = (self._response_window, self._inactivity)
         try:
-            stored = await connection.fetchrow(STORE, *arguments) if new.reply_to is None else None
-            return stored or await connection.fetchrow(SEND_BY_SESSION, *arguments, *windows)
+            return await connection.fetchrow(SEND_BY_SESSION, *arguments)
         except asyncpg.UniqueViolationError:
             # The same id was stored while this statement waited for the lock; now it is visible.
-            return await connection.fetchrow(SEND_BY_SESSION, *arguments, *windows)
+            return await connection.fetchrow(SEND_BY_SESSION, *arguments)
 
-    def _arguments(
-        self, claim: Claim[Sending], subject_id: int, conversation_id: int | None, new: NewMessage
-    ) -> tuple[Any, ...]:
-        stored = StoredBody(new.body, None, None)
-        if conversation_id is not None:
-            stored = self._bodies.seal(conversation_id, new.client_message_id, new.body)
-        caller = claim.caller
-        return (
-            subject_id,
-            caller.tenant_id,
-            caller.user_id,
-            caller.role.value,
-            new.client_message_id,
-            new.kind,
-            *stored,
-            new.media_url,
-            new.reply_to,
-            self._pace,
-            BURST,
-        )
+    def _arguments(self, claim: Claim[Sending], subject_id: int, new: NewMessage, body: StoredBody) -> tuple[Any, ...]:
+        return (subject_id, *_columns(claim.caller, new, body), new.reply_to, self._pace, BURST)
 
-    async def _sent(
+    async def _judged(
         self,
         connection: "asyncpg.Connection[Any]",
         context: SessionContext[Sending],
@@ -183,12 +199,16 @@ class Chat:
         new: NewMessage,
         began: float,
     ) -> Sent:
+        """What the guard let through may have been stored before, or not be stored for another reason."""
         if row["duplicate_id"] is not None:
             return await self._repeated(connection, context, row["duplicate_id"], new)
         if new.reply_to is not None and row["original_id"] is None:
             raise Refused(Reason.MESSAGE_NOT_FOUND)
         if row["message_id"] is None:
             raise Refused(Reason.RATE_LIMITED, retry_after=max(1, math.ceil(row["paced_for"])))
+        return self._sent(context, row, new, began)
+
+    def _sent(self, context: SessionContext[Sending], row: Any, new: NewMessage, began: float) -> Sent:
         caller = context.caller
         stored = Message(
             id=row["message_id"],
@@ -231,6 +251,16 @@ class Chat:
         if known != (context.caller.user_id, new.kind, new.body, new.media_url, new.reply_to):
             raise Refused(Reason.IDEMPOTENCY_CONFLICT)
         return Sent(stored, repeated=True)
+
+
+def _columns(caller: Principal, new: NewMessage, body: StoredBody) -> tuple[Any, ...]:
+    """Who sends what, in the order in which all statements take it."""
+    who = (caller.tenant_id, caller.user_id, caller.role.value)
+    return (*who, new.client_message_id, new.kind, *body, new.media_url)
+
+
+def _names(states: Iterable[SessionStatus]) -> list[str]:
+    return [state.value for state in states]
 
 
 def _facts(row: Any) -> Facts:
