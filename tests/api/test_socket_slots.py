@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -61,6 +61,14 @@ async def held(clinic: Clinic) -> set[Any]:
     return set(await clinic.fetch("SELECT user_id, slot, socket_id, xmin::text FROM socket_slots"))
 
 
+async def insert(owner: Owner, session: LiveSession, slot: int, process: UUID) -> None:
+    """A slot of the patient's that no socket holds."""
+    await owner.execute(
+        "INSERT INTO socket_slots (user_id, slot, tenant_id, process_id, socket_id) VALUES ($1, $2, $3, $4, $5)",
+        *(session.patient.user_id, slot, session.patient.tenant_id, process, uuid4()),
+    )
+
+
 async def has(clinic: Clinic, number: int, seconds: float = PATIENCE_SECONDS) -> None:
     async def so_many() -> bool:
         return len(await held(clinic)) == number
@@ -105,6 +113,23 @@ async def test_of_many_handshakes_at_once_as_many_succeed_as_there_are_slots(
         assert answers.count("welcome") == LIMIT
         assert answers.count("refused") == 20 - LIMIT
         assert len(await held(clinic)) == LIMIT
+
+
+async def test_whoever_is_overtaken_takes_the_next_slot(near: Api, clinic: Clinic, owner: Owner) -> None:
+    session = await clinic.session()
+    async with AsyncExitStack() as stack:
+        async with owner.transaction():
+            process = await owner.fetchval("INSERT INTO api_processes (id) VALUES (gen_random_uuid()) RETURNING id")
+            await insert(owner, session, 1, process)
+            socket = await stack.enter_async_context(opened(near, session.patient, session.context))
+
+            async def waits() -> bool:
+                blocked = "SELECT count(*) FROM pg_stat_activity WHERE $1 = ANY (pg_blocking_pids(pid))"
+                return bool(await clinic.fetchval(blocked, owner.get_server_pid()))
+
+            await until(waits)
+        assert (await socket.receive())["type"] == "welcome"
+        assert {row["slot"] for row in await held(clinic)} == {1, 2}
 
 
 @pytest.mark.parametrize("politely", [True, False])
@@ -179,18 +204,14 @@ async def test_what_is_in_the_table_becomes_what_is_open(near: Api, clinic: Clin
         following(near, session.patient, session.context),
         following(near, session.doctor, session.context),
     ):
-        before = {row["user_id"] for row in await held(clinic)}
+        before = {row["socket_id"] for row in await held(clinic)}
         await owner.execute("DELETE FROM api_processes")
         await has(clinic, 2)
-        assert {row["user_id"] for row in await held(clinic)} == before
-        strange = uuid4()
-        await owner.execute(
-            "INSERT INTO socket_slots (user_id, slot, tenant_id, process_id, socket_id)"
-            " SELECT $1, $2, $3, id, $4 FROM api_processes",
-            *(session.patient.user_id, LIMIT, clinic.tenant_id, strange),
-        )
+        assert {row["socket_id"] for row in await held(clinic)} == before
+        before = await held(clinic)
+        await insert(owner, session, LIMIT, await owner.fetchval("SELECT id FROM api_processes"))
         await has(clinic, 2)
-        assert strange not in {row["socket_id"] for row in await held(clinic)}
+        assert await held(clinic) == before
 
 
 async def test_while_the_database_is_away_nobody_is_given_up(

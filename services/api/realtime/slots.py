@@ -44,15 +44,15 @@ _RENEW: Final = """
 _LEAVE: Final = "DELETE FROM api_processes WHERE id = $1"
 
 # $1 this process, $2 slots of a user, $3 sockets, $4 their tenants, $5 their users. Answers the sockets that there was
-# a slot for, and whether they have it or somebody else was faster. In order, so that two processes do not wait for
-# each other.
+# a slot for, and whether they have it or somebody else was faster. The rows are inserted in order, so that no two
+# processes wait for each other.
 _TAKE: Final = """
     WITH wanted AS (
         SELECT *, row_number() OVER (PARTITION BY user_id) AS nth
         FROM unnest($3::uuid[], $4::bigint[], $5::bigint[]) AS socket (socket_id, tenant_id, user_id)
     ),
     free AS (
-        SELECT *, row_number() OVER (PARTITION BY user_id ORDER BY random()) AS nth
+        SELECT *, row_number() OVER (PARTITION BY user_id ORDER BY slot) AS nth
         FROM (
             SELECT user_id, generate_series(1, $2::int) AS slot FROM wanted
             EXCEPT
@@ -137,7 +137,7 @@ class Slots:
                 async with self._database.autocommit() as connection:
                     found = await self._take(connection, {socket_id: caller})
             except asyncpg.ForeignKeyViolationError:
-                await self._renew()  # The others had given this process up, or do not know it yet.
+                await self._renew()  # This process was given up, or is too young to be known.
                 continue
             if not found:
                 break
