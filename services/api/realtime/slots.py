@@ -29,7 +29,7 @@ PATIENCE: Final = timedelta(seconds=30)
 """For how long a process may not be seen until the others give it up."""
 
 RETRY_SECONDS: Final = 1.0
-STOP_SECONDS: Final = 2.0
+STOP_SECONDS: Final = 1.0
 """How long the end of the process waits for its slots to be free."""
 
 # $1 this process, $2 patience. Whoever was not seen is given up only by those who were seen meanwhile: while the
