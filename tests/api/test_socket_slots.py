@@ -23,7 +23,7 @@ from tests.running import Api, running_api
 from tests.servers import migrate, prepared_servers
 from tests.sockets import following, opened
 
-LIMIT = 3
+LIMIT = 5
 
 
 @pytest.fixture
@@ -91,7 +91,8 @@ async def renewed(clinic: Clinic, processes: int) -> None:
 async def test_a_user_has_so_many_sockets_over_all_processes(near: Api, far: ApiProcess, clinic: Clinic) -> None:
     session = await clinic.session()
     async with AsyncExitStack() as stack:
-        for api in (near, far, far):
+        for number in range(LIMIT):
+            api = far if number % 2 else near
             await stack.enter_async_context(following(api, session.patient, session.context))
         assert not await gets_in(near, session)
         assert not await gets_in(far, session)
