@@ -12,6 +12,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from libs.guardrails import Principal
+from tests.processes import ApiProcess
 from tests.running import Api, token_of
 
 PROTOCOL: Final = Subprotocol("sessiongate.v1")
@@ -59,13 +60,18 @@ class Socket:
         return [frame for frame in self.seen if frame["type"] == type_]
 
 
-def address(api: Api, context: object) -> str:
+def address(api: Api | ApiProcess, context: object) -> str:
     return f"{api.url.replace('http', 'ws', 1)}/api/v1/chat/{context}/socket"
 
 
 @asynccontextmanager
 async def opened(
-    api: Api, caller: Principal | None, context: object, *, subprotocols: tuple[str, ...] = (PROTOCOL,), **options: Any
+    api: Api | ApiProcess,
+    caller: Principal | None,
+    context: object,
+    *,
+    subprotocols: tuple[str, ...] = (PROTOCOL,),
+    **options: Any,
 ) -> AsyncIterator[Socket]:
     """A socket whose handshake is done; without a caller it has no token."""
     headers = {"Authorization": f"Bearer {token_of(caller)}"} if caller else {}
@@ -85,7 +91,7 @@ async def opened(
 
 
 @asynccontextmanager
-async def following(api: Api, caller: Principal, context: object, **hello: Any) -> AsyncIterator[Socket]:
+async def following(api: Api | ApiProcess, caller: Principal, context: object, **hello: Any) -> AsyncIterator[Socket]:
     """A socket that has said hello and is live."""
     async with opened(api, caller, context) as socket:
         await socket.send(type="hello", **hello)

@@ -29,6 +29,7 @@ _CHAT: Final = (
     event("chat_connection_closed", "info", "code", "duration_ms", *_SOCKET, category="connection"),
     event("chat_connection_refused", "info", "error_code", "correlation_id", category="connection"),
     event("rooms_failed", "warning", "exception_type", category="error"),
+    event("socket_slots_failed", "warning", "exception_type", category="error"),
     event("activity_not_written", "warning", "exception_type", "waiting", category="error"),
 )
 

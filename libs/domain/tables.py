@@ -386,6 +386,27 @@ socket_tickets = Table(
     Index(None, "expires_at"),
 )
 
+# Who serves sockets. A process that the others give up is deleted, and holds no slots any more.
+api_processes = Table(
+    "api_processes",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _time("seen_at", default_now=True),
+)
+
+# One row is one open socket. That a user has only so many is what the primary key is for.
+socket_slots = Table(
+    "socket_slots",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("slot", Integer, primary_key=True, autoincrement=False),
+    _tenant(),
+    Column("process_id", Uuid, ForeignKey("api_processes.id", ondelete="CASCADE"), nullable=False),
+    Column("socket_id", Uuid, nullable=False),
+    _person("user_id"),
+    UniqueConstraint("process_id", "socket_id"),
+)
+
 payout_rates = Table(
     "payout_rates",
     metadata,

@@ -44,6 +44,7 @@ from services.api.realtime.connections import Connections
 from services.api.realtime.handshake import Handshake
 from services.api.realtime.rooms import Rooms, open_rooms
 from services.api.realtime.routes import router as realtime
+from services.api.realtime.slots import Slots, open_slots
 from services.api.realtime.wire import Wire
 from services.api.sessions.routes import router as sessions
 from services.api.settings import ApiSettings, origins_of
@@ -77,6 +78,7 @@ def create_app(
     doorbell: Doorbell,
     access: MetricsAccess,
     rooms: Rooms,
+    slots: Slots,
 ) -> FastAPI:
     """The application around an open runtime."""
     app = DocumentedApi(
@@ -96,7 +98,7 @@ def create_app(
     app.state.metrics_access = access
     app.state.rooms = rooms
     app.state.alerts_token = settings.alerts_token
-    connections = Connections(runtime.metrics, per_user=settings.sockets_per_user)
+    connections = Connections(slots, runtime.metrics)
     app.state.connections = connections
     app.state.handshake = Handshake(
         identity, runtime.database, connections, runtime.metrics, origins=origins_of(settings.allowed_origins)
@@ -164,8 +166,11 @@ async def open_app(settings: ApiSettings, flags: FlagSettings) -> AsyncIterator[
                 runtime.recorder.writing(),
                 runtime.activity.writing(),
                 open_rooms(runtime, doorbell) as rooms,
+                open_slots(database, per_user=settings.sockets_per_user) as slots,
             ):
-                yield create_app(runtime, settings, identity=identity, doorbell=doorbell, access=access, rooms=rooms)
+                yield create_app(
+                    runtime, settings, identity=identity, doorbell=doorbell, access=access, rooms=rooms, slots=slots
+                )
         finally:
             await doorbell.close()
             await database.close()

@@ -34,6 +34,6 @@ class ApiSettings(Settings):
     allowed_origins: Annotated[str, AfterValidator(_origins)] = ""
     """Origins of the web pages that may open sockets, separated by commas; programs, which have none, always may."""
     sockets_per_user: Positive = 5
-    """How many sockets a user may have open at once, in each process."""
+    """How many sockets a user may have open at once, over all processes."""
     alerts_token: LongSecret | None = None
     """The bearer token with which Alertmanager sends alerts, at least 32 bytes long. Default: none are accepted."""

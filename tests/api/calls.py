@@ -238,11 +238,14 @@ async def dead_delivery(clinic: Clinic) -> str:
 RECORDS: Final = {"decisions", "decision_totals"}
 """Tables of what was decided, be it a refusal: they are written whatever becomes of a request."""
 
+CONNECTIONS: Final = {"api_processes", "socket_slots"}
+"""Tables of who is connected: they are written by the clock, and after sockets are closed."""
+
 
 async def rows(owner: Owner) -> dict[str, Any]:
-    """A fingerprint of all rows of every table, but for the decision log."""
+    """A fingerprint of all rows of every table, but for the decision log and who is connected."""
     whole = "SELECT md5(string_agg(t::text, '/' ORDER BY t::text)) FROM {} t"
-    return {name: await owner.fetchval(whole.format(name)) for name in metadata.tables.keys() - RECORDS}
+    return {name: await owner.fetchval(whole.format(name)) for name in metadata.tables.keys() - RECORDS - CONNECTIONS}
 
 
 @asynccontextmanager

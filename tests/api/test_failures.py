@@ -161,7 +161,7 @@ async def test_connections_that_the_server_ends_are_replaced(api: Api, clinic: C
 async def test_a_connection_of_which_the_server_has_taken_leave_is_no_fault_of_ours(
     clinic: Clinic, owner: Owner, urls: Urls
 ) -> None:
-    async with wire_to(urls.app) as (wire, address), running_api(address, urls.redis) as api:
+    async with wire_to(urls.app) as (wire, address), running_api(address, urls.redis, pool_size=1) as api:
         client = api.as_(clinic.operator)
         found(await client.get("/me"))
         wire.stays_open = True

@@ -228,6 +228,7 @@ LOG_EVENTS = {
     "chat_connection_closed": ("info connection", f"code duration_ms {OF_A_SOCKET}"),
     "chat_connection_refused": ("info connection", "error_code correlation_id"),
     "rooms_failed": ("warning error", "exception_type"),
+    "socket_slots_failed": ("warning error", "exception_type"),
     "activity_not_written": ("warning error", "exception_type waiting"),
     "auth_failed": ("info security", "reason client_ip correlation_id"),
     "security_event": ("info security", "kind client_ip user_agent correlation_id"),

@@ -19,6 +19,8 @@ SWEPT = {
     "conversion_samples": {"INSERT", "DELETE"},
     "idempotency_keys": {"INSERT", "DELETE"},
     "socket_tickets": {"INSERT", "DELETE"},
+    "api_processes": {"INSERT", "UPDATE", "DELETE"},
+    "socket_slots": {"INSERT", "DELETE"},
     "flag_overrides": {"INSERT", "UPDATE", "DELETE"},
     "decisions": {"INSERT", "DELETE"},
     "log_lines": {"INSERT", "DELETE"},

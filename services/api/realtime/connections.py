@@ -1,14 +1,15 @@
-"""The sockets of this process: how many each user has, and what is counted and logged of each."""
+"""The sockets of this process, and what is counted and logged of each."""
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 from libs.domain.telemetry import logger
-from libs.guardrails import Reason, Refused
+from libs.guardrails import Principal
 from libs.observability.registry import Metrics
+from services.api.realtime.slots import Slots
 from services.api.realtime.wire import NO_PONG, Wire
 
 _log: Final = logger("realtime")
@@ -18,34 +19,33 @@ _BREACHES: Final = {1002, 1007, 1009}
 
 
 class Connections:
-    def __init__(self, metrics: Metrics, *, per_user: int) -> None:
+    def __init__(self, slots: Slots, metrics: Metrics) -> None:
+        self._slots = slots
         self._metrics = metrics
-        self._per_user = per_user
         self._open: Counter[int] = Counter()
 
-    @contextmanager
-    def open(self, user_id: int, wire: Wire) -> Iterator[None]:
-        """For the life of a socket. Raises `Refused(RATE_LIMITED)` when the user has enough of them."""
-        if self._open[user_id] >= self._per_user:
-            raise Refused(Reason.RATE_LIMITED, f"You have {self._per_user} sockets open; close one of them first.")
-        self._open[user_id] += 1
-        self._metrics.counter("chat_connections_opened_total").inc()
-        self._measure()
-        _log.info("chat_connection_opened")
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._open[user_id] -= 1
-            if not self._open[user_id]:
-                del self._open[user_id]
+    @asynccontextmanager
+    async def open(self, caller: Principal, wire: Wire) -> AsyncIterator[None]:
+        """For the life of a socket. Raises `Refused(RATE_LIMITED)` when the caller has enough of them."""
+        async with self._slots.held(caller):
+            self._open[caller.user_id] += 1
+            self._metrics.counter("chat_connections_opened_total").inc()
             self._measure()
-            self._account_for(wire)
-            _log.info(
-                "chat_connection_closed",
-                code=wire.closed_with,
-                duration_ms=round(1000 * (time.monotonic() - began)),
-            )
+            _log.info("chat_connection_opened")
+            began = time.monotonic()
+            try:
+                yield
+            finally:
+                self._open[caller.user_id] -= 1
+                if not self._open[caller.user_id]:
+                    del self._open[caller.user_id]
+                self._measure()
+                self._account_for(wire)
+                _log.info(
+                    "chat_connection_closed",
+                    code=wire.closed_with,
+                    duration_ms=round(1000 * (time.monotonic() - began)),
+                )
 
     def failed(self, reason: str) -> None:
         """`reason` is a label value of `chat_connection_failures_total`."""

@@ -55,7 +55,7 @@ async def follow_conversation(websocket: WebSocket, claim: Claim[Join], token: T
     socket = Socket(websocket, runtime_of(websocket), websocket.app.state.rooms, claim)
     conversation_id = await socket.enter()
     wire = Wire.of(websocket)
-    with connections.open(claim.caller.user_id, wire):
+    async with connections.open(claim.caller, wire):
         expiry = asyncio.get_running_loop().call_later(token.seconds_left, wire.end, SIGNED_OUT)
         try:
             await socket.follow(conversation_id)
