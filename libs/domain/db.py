@@ -104,7 +104,7 @@ class Database:
         )
         trace_engine(self._transactions.sync_engine)
         self._statements: Final = asyncpg.create_pool(
-            connect=lambda *_, **options: connect(planning=_PLANNING | _PLANNED_ONCE, **options),
+            connect=lambda *_, **options: connect(planning={**_PLANNING, **_PLANNED_ONCE}, **options),
             init=_read_json,
             reset=_nothing,
             min_size=0,

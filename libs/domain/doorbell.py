@@ -7,7 +7,7 @@ ring that fails is counted and forgotten. Jobs are JSON and carry ids only.
 import asyncio
 import math
 from collections.abc import Awaitable, Coroutine
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
 import orjson
@@ -28,6 +28,10 @@ from libs.observability.tracing import span
 RING_TIMEOUT = 0.5
 """Seconds a ring may take; nobody waits for it, but a frozen Redis must not pile up tasks."""
 
+NEWS_SECONDS: Final = 0.004
+"""How long news wait for others after some were told: whoever is told of each alone has little time for anything
+else."""
+
 
 def encode(job: Job) -> dict[str, Any]:
     """The keyword arguments of the arq job: its ids, and the carrier that continues the trace."""
@@ -47,7 +51,7 @@ class Doorbell:
     """Rings in the background, after the commit; see `libs.domain.transaction.Bell`.
 
     `near`, who watches conversations in this process, is told at once; those in others, by one message for all that
-    happened while the one before was on its way, signed with `name`.
+    happened since the one before, signed with `name`.
     """
 
     near: Watcher | None = None
@@ -101,6 +105,7 @@ class Doorbell:
             news, self._news = self._news, News()
             with use_span(self._cause), span("redis.publish", kind=SpanKind.CLIENT):
                 await self._call(self._redis.publish(CHANNEL, news.encode(self.name)))
+            await asyncio.sleep(NEWS_SECONDS)
         self._publishing = False
 
     def _later(self, call: Coroutine[Any, Any, None]) -> None:

@@ -25,6 +25,7 @@ PREVIEW: Final = 50
 
 OURS: Final = frozenset(
     {"timestamp", "level", "event", "category", "component", "module", "service", "version", "trace_id", "span_id"}
+    | {"method", "route"}
 )
 """Fields that only the program itself fills, with constants and ids of its own: never masked."""
 

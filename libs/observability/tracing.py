@@ -202,7 +202,7 @@ def span(
         within, links = _placed(parent, attempt, links)
     bound = fields()
     described = {CORRELATION_ID: bound.get(CORRELATION_ID), TENANT_ID: bound.get(TENANT_ID), **attributes}
-    return _current(_tracing.provider.begin(name, _SCOPE, within, kind, _without_none(described), _links(links)))
+    return _Current(_tracing.provider.begin(name, _SCOPE, within, kind, _without_none(described), _links(links)))
 
 
 def record_span(
@@ -292,7 +292,7 @@ def served(name: str, headers: Mapping[str, str], *, recorded: bool) -> Iterator
             id_of_next_root.reset(token)
     else:
         begun = provider.begin(name, _SCOPE, within, SpanKind.SERVER, {}, (), trace_id=trace_id, recorded=recorded)
-        with suppress_http_instrumentation(), _current(begun):
+        with suppress_http_instrumentation(), _Current(begun):
             yield
 
 
@@ -309,18 +309,23 @@ def exemplar(carrier: Mapping[str, str] | None = None) -> dict[str, str] | None:
     return {"trace_id": f"{context.trace_id:032x}"} if context.is_valid and context.trace_flags.sampled else None
 
 
-@contextmanager
-def _current(begun: trace.Span) -> Iterator[trace.Span]:
-    """Has the span be the current one for the block, and ends it."""
-    token = attach(trace.set_span_in_context(begun))
-    try:
-        yield begun
-    except Exception as error:
-        _fail(begun, error)
-        raise
-    finally:
-        detach(token)
-        begun.end()
+class _Current:
+    """Has a span be the current one for the block, and ends it."""
+
+    __slots__ = ("_begun", "_token")
+
+    def __init__(self, begun: trace.Span) -> None:
+        self._begun = begun
+
+    def __enter__(self) -> trace.Span:
+        self._token = attach(trace.set_span_in_context(self._begun))
+        return self._begun
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Exception):
+            _fail(self._begun, error)
+        detach(self._token)
+        self._begun.end()
 
 
 def _fail(span: trace.Span, error: Exception) -> None:

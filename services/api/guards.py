@@ -23,6 +23,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar, cast
 
 import asyncpg
@@ -257,11 +258,18 @@ class GuardedRouter(APIRouter):
     add_websocket_route = add_api_websocket_route
 
 
-def guarded_router(prefix: str, *, tag: str, sessions_only: bool = False, replays: bool = True) -> GuardedRouter:
+BASE: Final = "/api/v1"
+
+
+def guarded_router(
+    prefix: str, *, tag: str, base: str = BASE, sessions_only: bool = False, replays: bool = True
+) -> GuardedRouter:
     """The only way to make a router outside of `public.py`. Without `replays`, or with `sessions_only`, what creates
     something takes no idempotency key; what charges always takes one."""
     route = SessionRoute if sessions_only else GuardedRoute if replays else UnrepeatableRoute
-    return GuardedRouter(prefix=prefix, tags=[tag], route_class=route)
+    return GuardedRouter(
+        prefix=base + prefix, tags=[tag], route_class=route, generate_unique_id_function=attrgetter("name")
+    )
 
 
 SocketEndpoint: TypeAlias = Callable[[WebSocket, Claim[Op], Token], Awaitable[None]]

@@ -53,10 +53,9 @@ from services.api.settings import ApiSettings, origins_of
 ROOMS: Final = (
     *(chat, sessions, billing.sessions_router, appointments, realtime, notifications, people),
     *(billing.balance_router, admin, billing.operators_router, decisions, admin_flags, admin_outbox, admin_webhooks),
-    admin_alerts,
+    *(admin_alerts, legacy.router),
 )
-BASE: Final = "/api/v1"
-LEGACY_BASE: Final = "/api"
+UNGUARDED: Final = (public.router, internal.router)
 FOREIGN: Final = ("/internal/", "/webhooks/")
 """What other systems call; see `RequestTracing`."""
 GRACE_SECONDS: Final = 15
@@ -89,7 +88,6 @@ def create_app(
         openapi_url="/openapi.json" if settings.docs_enabled else None,
         redoc_url=None,
         redirect_slashes=False,
-        generate_unique_id_function=lambda route: route.name,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # all three are our own
     )
     app.state.runtime = runtime
@@ -103,11 +101,8 @@ def create_app(
     app.state.handshake = Handshake(
         identity, runtime.database, connections, runtime.metrics, origins=origins_of(settings.allowed_origins)
     )
-    for room in ROOMS:
-        app.include_router(room, prefix=BASE)
-    app.include_router(legacy.router, prefix=LEGACY_BASE)
-    app.include_router(public.router)
-    app.include_router(internal.router)
+    # Not included: the application would look for the route of each request twice. And before those of its documents.
+    app.router.routes[:0] = [route for router in (*ROOMS, *UNGUARDED) for route in router.routes]
     errors.install(app, runtime.metrics)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(HttpTelemetry, metrics=runtime.metrics, route_of=RouteTemplates(app), quiet=public.PROBES)

@@ -5,6 +5,7 @@
 
 import asyncio
 import html
+from operator import attrgetter
 from typing import Final
 
 from fastapi import APIRouter, Request, Response
@@ -33,7 +34,7 @@ WORKER_SILENCE_SECONDS: Final = 10
 
 _CHECK: Final = "SELECT max(beat_at) > clock() - make_interval(secs => $1) FROM workers"
 
-router = APIRouter(tags=["public"])
+router = APIRouter(tags=["public"], generate_unique_id_function=attrgetter("name"))
 
 
 @router.get("/healthz")

@@ -10,7 +10,7 @@ from services.api.billing.schemas import BillOut, DeductionIn
 from services.api.guards import Subject, Tx, can, guarded_router, runtime_of
 from services.api.schemas import IdPath, creating
 
-router = guarded_router("", tag="legacy", sessions_only=True)
+router = guarded_router("", tag="legacy", base="/api", sessions_only=True)
 
 _BILLING = creating(
     Reason.APPOINTMENT_NOT_FOUND,
