@@ -31,6 +31,8 @@ from libs.observability.spans import RecordedSpan, Recorder, id_of_next_root, ne
 DEFAULT_RATIO: Final = 0.1
 SHUTDOWN_SECONDS: Final = 3.0
 QUEUE_SPANS: Final = 2048
+EXPORT_PAUSE_MS: Final = 100
+"""How long ended spans wait for others. Those of a second, exported at once, would hold requests up."""
 
 # Of the headers that concern traces, baggage is not among those that are read: it is anybody's.
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
@@ -77,7 +79,8 @@ class _BoundedQueue(BatchSpanProcessor):
 
     def __init__(self, exporter: SpanExporter, metrics: Metrics) -> None:
         not_exported = metrics.counter("obs_spans_dropped_total", "export_failed")
-        super().__init__(_Taking(exporter, self, not_exported.inc), QUEUE_SPANS, schedule_delay_millis=1000)
+        taking = _Taking(exporter, self, not_exported.inc)
+        super().__init__(taking, QUEUE_SPANS, schedule_delay_millis=EXPORT_PAUSE_MS)
         self._on_lost = metrics.counter("obs_spans_dropped_total", "queue_full").inc
         self._lock = threading.Lock()
         self._waiting = 0

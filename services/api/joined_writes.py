@@ -1,7 +1,7 @@
 """The server's HTTP protocol, with each answer in one write.
 
-uvicorn writes the head of an answer and its body one after the other, and each write wakes the client: together they
-cost a sixth of a short request.
+uvicorn writes the head of an answer and its body one after the other. Each write wakes the client, which costs more
+than anything else the server does for a short request.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
 class JoinedWrites:
-    """A transport that writes once per turn of the event loop what it was given meanwhile."""
+    """A transport that writes at once what it was given in one turn of the event loop."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self.transport: Final = transport
@@ -20,28 +20,28 @@ class JoinedWrites:
 
     def write(self, data: bytes) -> None:
         if not self._held:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._write_held)
         self._held.append(data)
 
     def close(self) -> None:
-        self._flush()
+        self._write_held()
         self.transport.close()
 
-    def _flush(self) -> None:
-        if self._held:
-            held, self._held = self._held, []
-            self.transport.write(b"".join(held))
+    def _write_held(self) -> None:
+        if self._held and not self.transport.is_closing():
+            self.transport.write(b"".join(self._held))
+        self._held.clear()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transport, name)
 
 
-class Protocol(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         joined = JoinedWrites(cast(asyncio.Transport, transport), self.loop)
         super().connection_made(cast(asyncio.Transport, joined))
 
     def handle_websocket_upgrade(self) -> None:
-        # Sockets mind how much is written but not read yet.
+        # A socket has to know how much its client has not read yet.
         self.transport = cast(JoinedWrites, self.transport).transport
         super().handle_websocket_upgrade()

@@ -35,7 +35,7 @@ from services.api.billing import legacy
 from services.api.billing import routes as billing
 from services.api.chat.routes import router as chat
 from services.api.identity import Identity, identity_of
-from services.api.joined_writes import Protocol
+from services.api.joined_writes import HttpProtocol
 from services.api.middleware import BoundedBody, SecurityHeaders
 from services.api.notifications.routes import router as notifications
 from services.api.openapi import DocumentedApi
@@ -183,7 +183,7 @@ def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=30,
         lifespan="off",
-        http=Protocol,
+        http=HttpProtocol,
         ws=Wire,
         # Compressing each frame for each socket of a room would halve what one process delivers.
         ws_per_message_deflate=False,
