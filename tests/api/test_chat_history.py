@@ -1,7 +1,13 @@
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
+from libs.domain.chat import messages
+from libs.domain.db import Database
+from tests.api.calls import Owner
 from tests.api.expect import faults, found
-from tests.clinic import Clinic, LiveSession
+from tests.clinic import MINUTE, Clinic, LiveSession
+from tests.population import populate, settle
 from tests.running import Api
 
 
@@ -92,3 +98,35 @@ async def test_conversations_do_not_mix(api: Api, clinic: Clinic) -> None:
     call = await clinic.session("video", doctor=before.doctor, patient=before.patient)
     history = found(await api.as_(call.patient).get(f"/chat/{call.context}/messages"))
     assert history == {"items": [], "has_more": False, "last_seq": 0}
+
+
+async def test_what_follows_a_number_is_found_without_reading_what_precedes_it(
+    owner: Owner, database: Database, clinic: Clinic
+) -> None:
+    await populate(owner, 1000, datetime.now(UTC) - MINUTE)
+    await clinic.convert()
+    await owner.execute(
+        """
+        WITH numbered AS (UPDATE conversations SET last_seq = 50 RETURNING *)
+        INSERT INTO messages (tenant_id, conversation_id, seq, sender_id, client_message_id, kind, body)
+        SELECT c.tenant_id, c.id, n, p.user_id, n, 'text', 'Hello'
+        FROM numbered c JOIN participants p ON p.conversation_id = c.id AND p.role = 'patient'
+        CROSS JOIN generate_series(1, 50) n
+        """
+    )
+    await settle(owner)
+    known = [row["id"] for row in await clinic.fetch("SELECT id FROM conversations LIMIT 100")]
+    async with database.autocommit() as connection:
+        [explained] = await connection.fetchval(
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {messages.FOLLOWING}", known, [49] * len(known), 100
+        )
+    assert explained["Plan"]["Actual Rows"] == len(known)
+    assert max(rows_read(explained["Plan"])) == len(known)
+
+
+def rows_read(node: dict[str, Any]) -> Iterator[float]:
+    """How many messages each step of a plan that reads them has met, in all of its loops."""
+    if node.get("Relation Name") == "messages":
+        yield (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+    for step in node.get("Plans", ()):
+        yield from rows_read(step)

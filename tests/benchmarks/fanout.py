@@ -105,10 +105,12 @@ async def run() -> Result:
                 contestants["socketio"] = socketio
             figures = await interleaved(contestants)
     others = [name for name in contestants if name != "product"]
+    large, small = (speeds(figures, "product", *others, figure=f"{shape}_per_second") for shape in SHAPES)
     return Result(
         figures=named(figures),
-        ratios=speeds(figures, "product", *others, figure=f"{SHAPES[0]}_per_second"),
-        goals={"limit": "0.3, goal 0.55", "socketio": "0.5, goal 1"},
+        ratios={**large, **{f"{other}_{SHAPES[1]}": ratio for other, ratio in small.items()}},
+        # The limit of many small rooms is no goal: to store the messages alone takes half of the time it leaves.
+        goals={"limit": "0.3, goal 0.55", "socketio": "0.5, goal 1", f"socketio_{SHAPES[1]}": "0.5"},
     )
 
 

@@ -103,11 +103,14 @@ _AFTER: Final = _READ.format(
 )
 _ONE: Final = _READ.format(source="messages m", which="WHERE m.id = $1")
 # $1 conversations, $2 the number after which each is read, $3 at most so many of each.
-_FOLLOWING: Final = _READ.format(
+FOLLOWING: Final = _READ.format(
+    # Limited, so that of each conversation nothing else is ever read.
     source="""
         unnest($1::bigint[], $2::bigint[]) AS known (conversation_id, seq)
-        JOIN messages m ON m.conversation_id = known.conversation_id AND m.seq > known.seq
-            AND m.seq <= known.seq + $3
+        CROSS JOIN LATERAL (
+            SELECT * FROM messages m WHERE m.conversation_id = known.conversation_id AND m.seq > known.seq
+            ORDER BY m.seq LIMIT $3
+        ) AS m
     """,
     which="ORDER BY m.conversation_id, m.seq",
 )
@@ -154,7 +157,7 @@ async def following(
     connection: "asyncpg.Connection[Any]", bodies: Bodies, known: Mapping[int, int], limit: int
 ) -> list[Message]:
     """What follows the number known of each of several conversations, at most `limit` of each, in `seq` order."""
-    rows = await connection.fetch(_FOLLOWING, list(known.keys()), list(known.values()), limit)
+    rows = await connection.fetch(FOLLOWING, list(known.keys()), list(known.values()), limit)
     return [_message_of(row, bodies) for row in rows]
 
 
