@@ -33,10 +33,6 @@ WORKER_TIMEOUTS: Final[Mapping[str, str]] = {
 # an index is that of a spinning disk, at which whole tables of people would be read for each batch.
 _PLANNING: Final[Mapping[str, str]] = {"jit": "off", "random_page_cost": "1.1"}
 
-# A hot statement is planned once: its parameters never change which plan is best, and where the planner takes them for
-# few, it would plan anew each time, for longer than the statement takes.
-_PLANNED_ONCE: Final[Mapping[str, str]] = {"plan_cache_mode": "force_generic_plan"}
-
 # By way of pg_settings, so that a server too old to know one of them is no obstacle.
 _CONFIGURE: Final = """
     SELECT set_config(known.name, wanted.value, false)
@@ -65,16 +61,13 @@ class Database:
         timeouts: Mapping[str, str] | None = None,
     ) -> None:
         async def connect(
-            name: str = application,
-            patience: float | None = None,
-            planning: Mapping[str, str] = _PLANNING,
-            **options: Any,
+            name: str = application, patience: float | None = None, **options: Any
         ) -> "asyncpg.Connection[Any]":
             connection: asyncpg.Connection[Any] = await asyncpg.connect(
                 dsn,
                 timeout=CONNECT_TIMEOUT,
                 command_timeout=patience or command_timeout,
-                server_settings={"application_name": name, "timezone": "UTC", **planning},
+                server_settings={"application_name": name, "timezone": "UTC", **_PLANNING},
                 **options,
             )
             try:
@@ -104,7 +97,7 @@ class Database:
         )
         trace_engine(self._transactions.sync_engine)
         self._statements: Final = asyncpg.create_pool(
-            connect=lambda *_, **options: connect(planning={**_PLANNING, **_PLANNED_ONCE}, **options),
+            connect=lambda *_, **options: connect(**options),
             init=_read_json,
             reset=_nothing,
             min_size=0,

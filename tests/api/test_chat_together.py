@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from libs.domain.chat.group_commit import GROUP_LIMIT, LANES
+from libs.domain.chat.send_statement import STORE
 from libs.domain.chat.sending import NewMessage
 from libs.guardrails import Claim
 from libs.guardrails.operations import SendMessage
@@ -137,3 +138,13 @@ async def test_a_lost_connection_fails_those_it_carried_and_nobody_after_them(
     answers = await asyncio.gather(*carried)
     assert {answer.status_code for answer in answers} == {503}
     assert [found(await write(api, live), 201)["seq"] for live in sessions] == [1, 1, 1]
+
+
+async def test_groups_of_all_sizes_share_one_plan(api: Api, clinic: Clinic) -> None:
+    sessions = await calls(clinic, 5)
+    for number in range(10):
+        await asyncio.gather(*(send(api, live, "Hello", str(number)) for live in sessions[: number % 5 + 1]))
+    async with api.runtime.database.autocommit() as connection:
+        counted = "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement = $1"
+        plans = await connection.fetch(counted, STORE)
+    assert [tuple(row) for row in plans] == [(5, 5)]  # PostgreSQL makes up its mind after five.

@@ -31,7 +31,7 @@ class _Waiting:
 
 
 class GroupCommit:
-    """Runs `STORE` for whoever comes. `limits` are its last parameters."""
+    """Runs `STORE` for whoever comes. `limits` are its parameters that hold for all messages."""
 
     def __init__(self, database: Database, *limits: Any) -> None:
         self._database: Final = database
@@ -92,7 +92,7 @@ class GroupCommit:
     async def _store(self, group: Sequence[_Waiting]) -> Sequence[Any]:
         columns = zip(*(message.values for message in group), strict=True)
         async with self._database.autocommit() as connection:
-            rows: Sequence[Any] = await connection.fetch(STORE, *columns, *self._limits)
+            rows: Sequence[Any] = await connection.fetch(STORE, *columns, *self._limits, len(group))
         return rows
 
 
