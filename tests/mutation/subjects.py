@@ -27,7 +27,10 @@ _PERMISSIONS: Final = (*_MATRIX, "tests/guardrails/test_reasons_and_permissions.
 _CHAT: Final = (
     *_MATRIX,
     "tests/architecture/test_strangers.py",
-    *(f"tests/api/test_chat_{part}.py" for part in ("active", "sending", "together", "operations", "pace", "races", "matrix")),
+    *(
+        f"tests/api/test_chat_{part}.py"
+        for part in ("active", "sending", "together", "operations", "pace", "races", "matrix")
+    ),
 )
 
 _WITHOUT_USER: Final = "LEFT JOIN participants p ON p.conversation_id = c.id"
