@@ -325,10 +325,12 @@ class _Current:
         return self._begun
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, Exception):
-            _fail(self._begun, error)
-        detach(self._token)
-        self._begun.end()
+        try:
+            if isinstance(error, Exception):
+                _fail(self._begun, error)
+        finally:
+            detach(self._token)
+            self._begun.end()
 
 
 def _fail(span: trace.Span, error: Exception) -> None:

@@ -9,6 +9,9 @@ from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+HELD_BYTES: Final = 65_536
+"""More than that is not held back, so that whoever sends much learns in time that the client does not read it."""
+
 
 class JoinedWrites:
     """A transport that writes at once what it was given in one turn of the event loop."""
@@ -17,11 +20,15 @@ class JoinedWrites:
         self.transport: Final = transport
         self._loop: Final = loop
         self._held: list[bytes] = []
+        self._size = 0
 
     def write(self, data: bytes) -> None:
         if not self._held:
             self._loop.call_soon(self._write_held)
         self._held.append(data)
+        self._size += len(data)
+        if self._size > HELD_BYTES:
+            self._write_held()
 
     def close(self) -> None:
         self._write_held()
@@ -31,6 +38,7 @@ class JoinedWrites:
         if self._held and not self.transport.is_closing():
             self.transport.write(b"".join(self._held))
         self._held.clear()
+        self._size = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transport, name)

@@ -125,7 +125,7 @@ def create_app(
 class RouteTemplates:
     """The template of the route that answered, such as `/api/v1/appointments/{appointment_id}`.
 
-    The route in the scope lacks the prefix of its router, so templates are looked up by endpoint.
+    They are looked up by endpoint: of the routes of its documents the framework leaves nothing else in the scope.
     """
 
     def __init__(self, app: FastAPI) -> None:

@@ -8,19 +8,28 @@ from typing import Any
 import asyncpg
 import pytest
 
+from libs.domain.chat import group_commit
 from libs.domain.chat.group_commit import GROUP_LIMIT, LANES
 from libs.domain.chat.send_statement import STORE
 from libs.domain.chat.sending import NewMessage
-from libs.guardrails import Claim
+from libs.domain.db import is_transient
+from libs.guardrails import Claim, Principal
 from libs.guardrails.operations import SendMessage
 from libs.observability.context import bind, new_correlation_id
-from tests.api.expect import found
+from tests.api.expect import found, problem
 from tests.clinic import Clinic, LiveSession
 from tests.conftest import Urls
 from tests.processes import until
 from tests.running import Api
 
 MANY = 20
+
+# Without the locks by which the statements of both would notice each other sooner.
+STORED_ELSEWHERE = """
+    INSERT INTO messages (tenant_id, conversation_id, seq, sender_id, client_message_id, kind, body)
+    SELECT c.tenant_id, c.id, 1000, s.patient_id, '1', 'text', 'Hello'
+    FROM conversations c JOIN sessions s ON s.id = c.session_id WHERE s.id = $1
+"""
 
 
 async def write(api: Api, live: LiveSession, body: str = "Hello", message_id: str = "1") -> Any:
@@ -59,26 +68,44 @@ async def test_messages_that_come_at_once_share_their_transactions(api: Api, cli
         assert found(await api.as_(live.doctor).get(f"/chat/{live.context}/messages"))["items"] == [answer.json()]
 
 
-async def send(api: Api, live: LiveSession, body: str, message_id: str) -> int:
+async def send(api: Api, live: LiveSession, body: str, message_id: str, sender: Principal | None = None) -> int:
     """Without HTTP, which would refuse some bodies itself; answers the message's number."""
-    claim = Claim(SendMessage, live.patient, live.ref)
+    claim = Claim(SendMessage, sender or live.patient, live.ref)
     with bind(correlation_id=new_correlation_id(), tenant_id=live.patient.tenant_id):
         sent = await api.runtime.chat.send(claim, NewMessage(message_id, body))
     return sent.message.seq
 
 
-async def test_a_group_is_bounded_and_takes_one_message_of_each_session(api: Api, clinic: Clinic) -> None:
+async def test_a_group_takes_one_message_of_each_session_in_the_order_of_their_coming(api: Api, clinic: Clinic) -> None:
     sessions = await calls(clinic, 2)
-    number = GROUP_LIMIT // 2
-    sending = [send(api, live, "Hello", str(n)) for n in range(number) for live in sessions]
-    assert sorted(await asyncio.gather(*sending)) == sorted([*range(1, number + 1)] * 2)
+    sending = [send(api, live, "Hello", str(n)) for n in range(MANY) for live in sessions]
+    assert sorted(await asyncio.gather(*sending)) == sorted([*range(1, MANY + 1)] * 2)
     order = "SELECT array_agg(client_message_id::int ORDER BY seq) FROM messages GROUP BY conversation_id"
-    assert [row[0] for row in await clinic.fetch(order)] == [[*range(number)]] * 2
-    assert await transactions(clinic) >= number
+    assert [row[0] for row in await clinic.fetch(order)] == [[*range(MANY)]] * 2
+    assert await transactions(clinic) >= MANY
+
+
+async def test_a_group_is_bounded(api: Api, clinic: Clinic) -> None:
+    sessions = await calls(clinic, GROUP_LIMIT + 1)
+    assert {*await asyncio.gather(*(send(api, live, "Hello", "1") for live in sessions))} == {1}
+    assert await transactions(clinic) == 2
+
+
+async def test_the_senders_of_a_session_take_turns(api: Api, clinic: Clinic) -> None:
+    [live] = await calls(clinic, 1)
+    many = [send(api, live, "Hello", str(number)) for number in range(MANY)]
+    one = send(api, live, "Please stop.", "doctor", live.doctor)
+    *_, seq = await asyncio.gather(*many, one)
+    assert seq == 2
 
 
 @pytest.mark.parametrize(
-    ("table", "where"), [("sessions", "id = {0.ref.id}"), ("participants", "user_id = {0.patient.user_id}")]
+    ("table", "where"),
+    [
+        ("sessions", "id = {0.ref.id}"),
+        ("participants", "user_id = {0.patient.user_id}"),
+        ("conversations", "session_id = {0.ref.id}"),
+    ],
 )
 async def test_only_the_message_that_somebody_is_in_the_way_of_waits(
     api: Api, clinic: Clinic, urls: Urls, table: str, where: str
@@ -87,8 +114,8 @@ async def test_only_the_message_that_somebody_is_in_the_way_of_waits(
     blocked, *others = sessions
     async with at_work_on(urls, table, where.format(blocked)):
         waiting = asyncio.create_task(write(api, blocked))
-        for _ in range(LANES + 1):
-            answers = await asyncio.gather(*(write(api, live, message_id=str(_)) for live in others))
+        for number in range(LANES + 1):
+            answers = await asyncio.gather(*(write(api, live, message_id=str(number)) for live in others))
             assert [answer.status_code for answer in answers] == [201] * len(others)
         assert not waiting.done()
     assert found(await waiting, 201)["seq"] == 1
@@ -104,40 +131,79 @@ async def test_a_message_that_cannot_be_stored_takes_no_other_with_it(api: Api, 
     assert await send(api, bad, "Hello", "2") == 1
 
 
+@asynccontextmanager
+async def no_lane_free(api: Api, clinic: Clinic, urls: Urls) -> AsyncIterator[list["asyncio.Task[int]"]]:
+    """While all lanes wait for the database, with one message each."""
+    connection: asyncpg.Connection[Any] = await asyncpg.connect(urls.owner)
+    sessions = await calls(clinic, LANES)
+    try:
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE messages IN SHARE MODE")
+            sending = []
+            for number, live in enumerate(sessions, start=1):
+                sending.append(asyncio.create_task(send(api, live, "Hello", "1")))
+                await until(lambda: waiting_for_locks(clinic, number))  # noqa: B023 (at once)
+            yield sending
+    finally:
+        await connection.close()
+
+
+async def waiting_for_locks(clinic: Clinic, number: int) -> bool:
+    counted = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    return bool(await clinic.fetchval(counted) == number)
+
+
 async def test_a_message_whose_sender_has_gone_before_its_turn_is_not_stored(
     api: Api, clinic: Clinic, urls: Urls
 ) -> None:
-    first, gone, last = await calls(clinic, 3)
-    # Nobody passes until the lanes are free.
-    async with at_work_on(urls, "conversations", "true"):
-        busy = [asyncio.create_task(send(api, first, "Hello", "1"))]
-        await asyncio.sleep(0.05)
-        busy.append(asyncio.create_task(send(api, last, "Hello", "1")))
-        await asyncio.sleep(0.05)
-        leaving = asyncio.create_task(send(api, gone, "Hello", "1"))
-        await asyncio.sleep(0.05)
+    [live] = await calls(clinic, 1)
+    async with no_lane_free(api, clinic, urls) as carried:
+        leaving = asyncio.create_task(send(api, live, "Hello", "1"))
+        await asyncio.sleep(0)
         leaving.cancel()
         await asyncio.wait([leaving])
-    assert await asyncio.gather(*busy) == [1, 1]
-    assert await clinic.fetchval("SELECT count(*) FROM messages") == 2
-    assert await send(api, gone, "Hello", "2") == 1
+    assert await asyncio.gather(*carried) == [1] * LANES
+    assert await clinic.fetchval("SELECT count(*) FROM messages") == LANES
+    assert await send(api, live, "Hello", "2") == 1
+
+
+async def test_a_message_whose_turn_does_not_come_is_given_up_in_time(
+    api: Api, clinic: Clinic, urls: Urls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_commit, "POOL_TIMEOUT", 0.1)
+    [live] = await calls(clinic, 1)
+    async with no_lane_free(api, clinic, urls) as carried:
+        problem(await write(api, live), 503, "OVERLOADED")
+    assert await asyncio.gather(*carried) == [1] * LANES
+    assert await clinic.fetchval("SELECT count(*) FROM messages") == LANES
+    assert found(await write(api, live), 201)["seq"] == 1
 
 
 async def test_a_lost_connection_fails_those_it_carried_and_nobody_after_them(
     api: Api, clinic: Clinic, urls: Urls
 ) -> None:
-    sessions = await calls(clinic, 3)
-
-    async def is_waiting() -> bool:
-        return bool(await clinic.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-
-    async with at_work_on(urls, "conversations", "true"):
-        carried = [asyncio.create_task(write(api, live)) for live in sessions]
-        await until(is_waiting)
+    async with no_lane_free(api, clinic, urls) as carried:
         await clinic.fetch("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-    answers = await asyncio.gather(*carried)
-    assert {answer.status_code for answer in answers} == {503}
+        told = await asyncio.gather(*carried, return_exceptions=True)
+    assert [is_transient(error) for error in told if isinstance(error, Exception)] == [True] * LANES
+    sessions = await calls(clinic, 3)
     assert [found(await write(api, live), 201)["seq"] for live in sessions] == [1, 1, 1]
+
+
+async def test_a_repetition_that_another_process_stores_meanwhile_undoes_no_group(
+    api: Api, clinic: Clinic, urls: Urls
+) -> None:
+    twice, *others = await calls(clinic, 5)
+    connection: asyncpg.Connection[Any] = await asyncpg.connect(urls.owner)
+    async with connection.transaction():
+        # As the other process has it, which has not committed yet.
+        await connection.execute(STORED_ELSEWHERE, twice.ref.id)
+        sending = [asyncio.create_task(write(api, live)) for live in (twice, *others)]
+        await until(lambda: waiting_for_locks(clinic, 1))
+    answers = await asyncio.gather(*sending)
+    await connection.close()
+    assert [answer.status_code for answer in answers] == [200] + [201] * len(others)
+    assert await transactions(clinic) == 2
 
 
 async def test_groups_of_all_sizes_share_one_plan(api: Api, clinic: Clinic) -> None:

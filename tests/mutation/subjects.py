@@ -48,7 +48,7 @@ SEND_STATEMENT: Final = replaced(
         # The session.
         "AND s.kind = $14 AND": "AND $14::text IS NOT NULL AND",
         " AND s.tenant_id = $2": "",
-        '    {_LOCKED}\n    """,\n    passes': '    """,\n    passes',
+        "FOR NO KEY UPDATE OF s\n": "\n",
         "t.session_status = ANY ($15::text[]) AND": "$15::text[] IS NOT NULL AND",
         " AND NOT t.overdue": "",
         # Taking part in its conversation.
@@ -60,19 +60,16 @@ SEND_STATEMENT: Final = replaced(
         " AND ($11::bigint IS NULL OR EXISTS (SELECT FROM original))": "",
         "ON m.conversation_id = t.conversation_id WHERE m.id = $11": "ON m.id = $11",
         "<= clock() + $13::interval": "> '-infinity' AND $13::interval IS NOT NULL",
-        # The same, of many messages at once.
-        "u.tenant_id = new.tenant_id AND u.id": "u.id",
+        # The same, of many messages at once; constraints see to tenants and repetitions as well.
         " AND u.role = new.role AND u.active": " AND u.active",
         "u.role = new.role AND u.active": "u.role = new.role",
         " AND s.kind = new.ref_kind": "",
-        " AND s.tenant_id = new.tenant_id": "",
         "s.status = ANY ($14::text[]) AND NOT": "$14::text[] IS NOT NULL AND NOT",
         " AND NOT {OVERDUE}": "",
         " AND NOT (s.kind = 'text' AND s.status = 'waiting')": "",
         "ON p.conversation_id = c.id AND p.user_id = new.user_id": "ON p.conversation_id = c.id",
-        "AND m.client_message_id = new.client_message_id": "AND false",
         "              AND {_IN_PACE}\n": "",
-        "FOR NO KEY UPDATE OF s, p SKIP LOCKED": "",
+        "FOR NO KEY UPDATE OF s, p, c SKIP LOCKED": "",
     },
 )
 

@@ -1,10 +1,9 @@
-"""The SQL of sending, in its two forms: to a session, and to an appointment that has none yet.
+"""The SQL of sending, in three forms: to a session, to an appointment that has none yet, and for many messages at once.
 
-Both number the message from the conversation's own counter in the statement that stores it, so the
+All number the message from the conversation's own counter in the statement that stores it, so the
 numbers have no gaps, and both insert plainly: `ON CONFLICT` would burn a number. Whatever keeps the message
 from being stored, the row that is answered tells.
 
-What most messages need of the first, a third statement does for many of them at once: `STORE`.
 """
 
 from typing import Final
@@ -16,9 +15,6 @@ from libs.domain.sessions.facts import OVERDUE, SESSION_COLUMNS
 # $9 key id, $10 media url, $11 id of the message replied to, $12 interval between messages at an even pace,
 # $13 how much of that pace may be used up at once.
 _IS_ACTIVE: Final = "EXISTS (SELECT FROM users WHERE tenant_id = $2 AND id = $3 AND role = $4 AND active)"
-_IS_THE_SESSION: Final = "s.id = $1 AND s.kind = $14 AND s.tenant_id = $2"
-_PASSES: Final = "t.session_status = ANY ($15::text[]) AND NOT t.overdue"
-_LOCKED: Final = "FOR NO KEY UPDATE OF s"
 
 # The generic cell rate algorithm: a moment that each message moves on, and that may not get too far ahead.
 _NEXT_PACE: Final = "greatest(p.paced_at, clock()) + $12::interval"
@@ -73,10 +69,10 @@ SEND_BY_SESSION: Final = _SEND.format(
         FROM sessions s
         JOIN conversations c ON c.session_id = s.id
         LEFT JOIN participants p ON p.conversation_id = c.id AND p.user_id = $3
-        WHERE {_IS_THE_SESSION}
-        {_LOCKED}
+        WHERE s.id = $1 AND s.kind = $14 AND s.tenant_id = $2
+        FOR NO KEY UPDATE OF s
     """,
-    passes=_PASSES,
+    passes="t.session_status = ANY ($15::text[]) AND NOT t.overdue",
     # The doctor's first message activates a text session; the patient's first starts the doctor's clock, once, which
     # runs no earlier than the appointment.
     moved=f"""
@@ -142,7 +138,7 @@ STORE: Final = f"""
                   WHERE m.conversation_id = c.id AND m.client_message_id = new.client_message_id
               )
               AND {_IN_PACE}
-            FOR NO KEY UPDATE OF s, p SKIP LOCKED
+            FOR NO KEY UPDATE OF s, p, c SKIP LOCKED
         ) AS found
     ),
     paced AS (
@@ -170,8 +166,8 @@ STORE: Final = f"""
     FROM target t JOIN stored n ON n.conversation_id = t.conversation_id
 """
 """Stores messages that answer none, in sessions whose state they do not change, under new ids: the rows are theirs,
-each as `SEND_BY_SESSION` would answer it. A message is left out when anything at all is in its way, be it somebody
-who works on the same session at this moment: nothing here is waited for, and `SEND_BY_SESSION` tells why.
+with all columns that are read once a message is stored. A message is left out when anything at all is in its way, be it
+somebody who works on the same session at this moment: no row is waited for, and `SEND_BY_SESSION` tells why.
 
 Of each message, no two of which may be for one session: $1 id of the session, $2 its kind, $3 tenant id, $4 user id,
 $5 role, $6 client message id, $7 kind of message, $8 body, $9 sealed body, $10 key id, $11 media url. Of all of them:

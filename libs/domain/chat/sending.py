@@ -1,8 +1,9 @@
 """Sending messages.
 
 Sending is the hot path: one statement locks the session row, judges it, numbers the message and stores
-it, and always answers the facts it saw. The guard then seals the context from those facts or names the
-refusal, so there is no moment between the check and the act in which a session could end.
+it, and answers the facts it saw. The guard then seals the context from those facts or names the
+refusal, so there is no moment between the check and the act in which a session could end. Most messages go
+together, by a statement for many; what that leaves out is stored or refused by one of its own.
 """
 
 import math
@@ -119,9 +120,9 @@ class Chat:
 
     async def _send_by_session(self, claim: Claim[Sending], session: SessionRef, new: NewMessage, began: float) -> Sent:
         body = await self._stored_body(claim, session, new)
-        if new.reply_to is None:
+        if claim.operation is SendMessage:
             values = (session.id, session.kind.value, *_columns(claim.caller, new, body))
-            row = await self._together.store(session.id, values)
+            row = await self._together.store(claim.caller, session.id, values)
             if row is not None:
                 return self._sent(self._guard.open(claim, _facts(row)), row, new, began)
         async with self._database.autocommit() as connection:
