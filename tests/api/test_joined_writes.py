@@ -3,8 +3,9 @@
 import asyncio
 import socket
 import struct
-from typing import Final
+from typing import Any, Final
 
+from services.api.joined_writes import HELD_BYTES, JoinedWrites
 from tests.running import Api
 
 DATA_SEGS_IN: Final = 152
@@ -62,3 +63,22 @@ async def test_a_client_that_is_gone_before_its_answer_disturbs_nobody(api: Api)
         await writer.drain()
         writer.transport.abort()
     assert (await api.anonymous.get("/healthz")).status_code == 200
+
+
+async def test_much_is_not_held_back() -> None:
+    """Whoever sends it has to learn that nobody reads it."""
+    written: list[int] = []
+
+    class Transport(asyncio.Transport):
+        def write(self, data: Any) -> None:
+            written.append(len(data))
+
+        def is_closing(self) -> bool:
+            return False
+
+    joined = JoinedWrites(Transport(), asyncio.get_running_loop())
+    for _ in range(10):
+        joined.write(bytes(HELD_BYTES // 4))
+    assert written == [HELD_BYTES // 4 * 5] * 2
+    await asyncio.sleep(0)
+    assert sum(written) == HELD_BYTES // 4 * 10

@@ -11,7 +11,7 @@ from opentelemetry import baggage, propagate
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from libs.observability.testing import OtlpReceiver, attributes
-from tests.clinic import Clinic
+from tests.clinic import Clinic, LiveSession
 from tests.conftest import MakeApi, Urls
 from tests.processes import PATIENCE_SECONDS, until
 from tests.running import Api, running_api
@@ -165,3 +165,26 @@ async def test_each_frame_is_a_trace_of_its_own_and_an_error_keeps_it(
     assert attributes(broken)["frame_type"] == "message"
     (sent,) = [span for span in collector.spans("chat.send") if span.trace_id == broken.trace_id]
     assert (sent.parent_span_id, sent.status.code) == (broken.span_id, 2)
+
+
+async def test_each_sender_of_a_group_sees_the_statement_that_stored_it_once(
+    traced: Api, clinic: Clinic, collector: OtlpReceiver
+) -> None:
+    sessions = [await clinic.session("voice") for _ in range(3)]
+    chosen = [f"{number:016x}{'1' * 16}" for number in range(1, 4)]
+
+    async def send(live: LiveSession, trace_id: str) -> int:
+        message = {"client_message_id": "1", "body": "Hello"}
+        client = traced.as_(live.patient)
+        answer = await client.post(f"/chat/{live.context}/messages", json=message, headers=continuing(trace_id))
+        return answer.status_code
+
+    assert await asyncio.gather(*map(send, sessions, chosen)) == [201] * 3
+    assert await clinic.fetchval("SELECT count(DISTINCT xmin::text) FROM messages") < 3
+
+    async def all_arrived() -> bool:
+        return len([span for span in collector.spans() if span.name.startswith("POST ")]) == 3
+
+    await until(all_arrived)
+    stored = [span.trace_id.hex() for span in collector.spans() if span.name == "INSERT messages"]
+    assert sorted(stored) == chosen
