@@ -31,7 +31,7 @@ from libs.observability.spans import RecordedSpan, Recorder, id_of_next_root, ne
 DEFAULT_RATIO: Final = 0.1
 SHUTDOWN_SECONDS: Final = 3.0
 QUEUE_SPANS: Final = 2048
-EXPORT_PAUSE_MS: Final = 100
+EXPORT_PAUSE_MS: Final = 250
 """How long ended spans wait for others. Those of a second, exported at once, would hold requests up."""
 
 # Of the headers that concern traces, baggage is not among those that are read: it is anybody's.
