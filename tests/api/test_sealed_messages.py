@@ -56,6 +56,19 @@ async def test_a_sealed_message_is_read_as_any_other_and_is_nowhere_in_the_datab
     assert all(SECRET.encode() not in row["sealed_body"] for row in rows)
 
 
+async def test_a_message_that_has_no_place_to_be_sealed_for_is_refused_as_any_other(
+    make_api: MakeApi, clinic: Clinic
+) -> None:
+    api = await make_api(field_keys=OLD)
+    live, elsewhere = await clinic.session(), await Clinic.open(clinic.database, "Elsewhere")
+    theirs = await elsewhere.session()
+    for context in ("text_session:999999", theirs.context):
+        problem(await send(api, live, at=context), 404, "SESSION_NOT_FOUND")
+    await clinic.fetch("UPDATE users SET active = false WHERE id = $1", live.patient.user_id)
+    problem(await send(api, live, at="text_session:999999"), 401, "UNAUTHENTICATED")
+    assert await clinic.fetchval("SELECT count(*) FROM messages") == 0
+
+
 async def test_a_row_moved_elsewhere_or_changed_cannot_be_opened() -> None:
     bodies = Bodies(FieldKeys.parse(OLD))
     sealed = bodies.seal(1, "a", SECRET)
