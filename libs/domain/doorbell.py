@@ -28,7 +28,7 @@ from libs.observability.tracing import span
 RING_TIMEOUT = 0.5
 """Seconds a ring may take; nobody waits for it, but a frozen Redis must not pile up tasks."""
 
-NEWS_SECONDS: Final = 0.004
+NEWS_SECONDS: Final = 0.01
 """How long news wait for others after some were told: whoever is told of each alone has little time for anything
 else."""
 
