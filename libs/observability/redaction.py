@@ -25,7 +25,7 @@ PREVIEW: Final = 50
 
 OURS: Final = frozenset(
     {"timestamp", "level", "event", "category", "component", "module", "service", "version", "trace_id", "span_id"}
-    | {"method", "route"}
+    | {"method", "route", "operation"}
 )
 """Fields that only the program itself fills, with constants and ids of its own: never masked."""
 
@@ -54,9 +54,8 @@ _ORIGIN = re.compile(r"(?:[a-z][a-z0-9+.-]*://[^/?#]*)?", re.IGNORECASE)
 _ESCAPED_AT = re.compile(r"%(?:25)*40", re.IGNORECASE)
 _ESCAPES = re.compile(r"(?:%(?:25)*[0-9a-f]{2})+", re.IGNORECASE)
 _ESCAPED_PERCENT = re.compile(r"%(?:25)+(?=[0-9a-f]{2})", re.IGNORECASE)
-_SUSPECT = re.compile(
-    r"[@\d]|bearer|basic|eyJ|://|passw|secret|token|api[_-]?key|cookie|whsec_|ticket\.", re.IGNORECASE
-)
+# Searched for in case-folded text, which takes a third of the time that ignoring case does.
+_SUSPECT = re.compile(r"[@\d]|bearer|basic|eyj|://|passw|secret|token|api[_-]?key|cookie|whsec_|ticket\.")
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _LOCAL = r"[\w.!#$%&'*+=^`{|}~-]"
 # Possessive, and only from a boundary: the search stays linear whatever it is given.
@@ -134,7 +133,7 @@ class Redactor:
         if len(shown) > limit:
             found = _FREE_TEXT.finditer(shown)
             shown = shown[: next((match.start() for match in found if match.end() >= limit), limit)][:limit] + "…"
-        return _FREE_TEXT.sub(self._mask, shown) if _SUSPECT.search(shown) else shown
+        return _FREE_TEXT.sub(self._mask, shown) if _SUSPECT.search(shown.casefold()) else shown
 
     def _text(self, rule: Rule, value: str) -> str:
         if rule == "phone":

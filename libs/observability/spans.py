@@ -62,11 +62,11 @@ class RecordedSpan(trace.Span):
         self.links = links
         self.start_ns: Final = start_ns
         self.end_ns = 0
-        self.events: list[Event] = []
+        self.events: Sequence[Event] = ()
         self.status = _UNSET
         self.scope: Final = scope
         self._tail: Final = tail
-        self._part: Final = part
+        self._part: Trace[RecordedSpan] | None = part
 
     def get_span_context(self) -> SpanContext:
         return self.context
@@ -84,7 +84,7 @@ class RecordedSpan(trace.Span):
 
     def add_event(self, name: str, attributes: Attributes = None, timestamp: int | None = None) -> None:
         if not self.end_ns:
-            self.events.append(Event(name, attributes, timestamp))
+            self.events = [*self.events, Event(name, attributes, timestamp)]
 
     def add_link(self, context: SpanContext, attributes: Attributes = None) -> None:
         if not self.end_ns:
@@ -130,9 +130,11 @@ class RecordedSpan(trace.Span):
         self.add_event("exception", cast(Attributes, described | dict(attributes or {})), timestamp)
 
     def end(self, end_time: int | None = None) -> None:
-        if not self.end_ns:
+        if self._part is not None:
             self.end_ns = end_time or time.time_ns()
-            self._tail.ended(self._part, self, failed=self.status.status_code is StatusCode.ERROR)
+            # A trace remembers its ended spans: if they knew it still, only the garbage collector would free them.
+            part, self._part = self._part, None
+            self._tail.ended(part, self, failed=self.status.status_code is StatusCode.ERROR)
 
     def readable(self, resource: Resource) -> ReadableSpan:
         """The ended span as exporters know it, which is sampled in any case."""

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 from opentelemetry import propagate, trace
-from opentelemetry.context import Context, attach, detach
+from opentelemetry.context import Context, attach, detach, get_current
 from opentelemetry.instrumentation.utils import suppress_http_instrumentation
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
@@ -32,11 +32,16 @@ DEFAULT_RATIO: Final = 0.1
 SHUTDOWN_SECONDS: Final = 3.0
 QUEUE_SPANS: Final = 2048
 EXPORT_PAUSE_MS: Final = 250
-"""How long ended spans wait for others. Those of a second, exported at once, would hold requests up."""
+EXPORT_SPANS: Final = 128
+"""How long ended spans wait for others, and how many go at once: requests wait while an export is written down."""
 
 # Of the headers that concern traces, baggage is not among those that are read: it is anybody's.
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 _SCOPE: Final = InstrumentationScope("sessiongate")
+
+with suppress_http_instrumentation():
+    _NOT_INSTRUMENTED: Final = get_current()
+    """The context of a request that instrumentation leaves alone."""
 
 
 class Tracing:
@@ -80,7 +85,7 @@ class _BoundedQueue(BatchSpanProcessor):
     def __init__(self, exporter: SpanExporter, metrics: Metrics) -> None:
         not_exported = metrics.counter("obs_spans_dropped_total", "export_failed")
         taking = _Taking(exporter, self, not_exported.inc)
-        super().__init__(taking, QUEUE_SPANS, schedule_delay_millis=EXPORT_PAUSE_MS)
+        super().__init__(taking, QUEUE_SPANS, schedule_delay_millis=EXPORT_PAUSE_MS, max_export_batch_size=EXPORT_SPANS)
         self._on_lost = metrics.counter("obs_spans_dropped_total", "queue_full").inc
         self._lock = threading.Lock()
         self._waiting = 0
@@ -295,7 +300,7 @@ def served(name: str, headers: Mapping[str, str], *, recorded: bool) -> Iterator
             id_of_next_root.reset(token)
     else:
         begun = provider.begin(name, _SCOPE, within, SpanKind.SERVER, {}, (), trace_id=trace_id, recorded=recorded)
-        with suppress_http_instrumentation(), _Current(begun):
+        with _Current(begun, _NOT_INSTRUMENTED):
             yield
 
 
@@ -315,13 +320,14 @@ def exemplar(carrier: Mapping[str, str] | None = None) -> dict[str, str] | None:
 class _Current:
     """Has a span be the current one for the block, and ends it."""
 
-    __slots__ = ("_begun", "_token")
+    __slots__ = ("_begun", "_context", "_token")
 
-    def __init__(self, begun: trace.Span) -> None:
+    def __init__(self, begun: trace.Span, context: Context | None = None) -> None:
         self._begun = begun
+        self._context = context
 
     def __enter__(self) -> trace.Span:
-        self._token = attach(trace.set_span_in_context(self._begun))
+        self._token = attach(trace.set_span_in_context(self._begun, self._context))
         return self._begun
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:

@@ -2,15 +2,17 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
 
 from libs.observability import tracing
 from libs.observability.redaction import RedactingSpanExporter
 from libs.observability.registry import Metrics
 from libs.observability.testing import OtlpReceiver, capture_logs
-from libs.observability.tracing import QUEUE_SPANS, SHUTDOWN_SECONDS, Tracing, span
+from libs.observability.tracing import EXPORT_SPANS, QUEUE_SPANS, SHUTDOWN_SECONDS, Tracing, span
 from tests.observability.conftest import Configure
 
 
@@ -107,3 +109,21 @@ def test_nothing_is_lost_while_the_collector_keeps_up(kept: Tracing, receiver: O
         kept.flush()
         assert len(receiver.spans("work")) == (number + 1) * (QUEUE_SPANS // 2)
     assert metrics.sample("obs_spans_dropped_total", reason="queue_full") == 0
+
+
+def test_an_export_is_short(configure: Configure, receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    export = RedactingSpanExporter.export
+
+    def counted(self: RedactingSpanExporter, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        sizes.append(len(spans))
+        return export(self, spans)
+
+    monkeypatch.setattr(RedactingSpanExporter, "export", counted)
+    configured = configure(EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint, TRACES_SAMPLER_ARG="1")
+    for _ in range(1000):
+        with span("work"):
+            pass
+    configured.shutdown()
+    assert sum(sizes) == len(receiver.spans("work")) == 1000
+    assert max(sizes) == EXPORT_SPANS

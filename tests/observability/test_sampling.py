@@ -5,6 +5,7 @@ import gc
 import random
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Generator
 from contextlib import suppress
@@ -188,6 +189,23 @@ def test_the_oldest_traces_make_room_and_are_counted(
         tail.keep(trace_id)
     assert tail.sizes() == (0, 0)
     assert tail._remembered <= 30
+
+
+def test_what_is_forgotten_is_freed_without_the_garbage_collector(
+    tailed: Tracing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "REMEMBERED_SPANS", 30)
+    spans = []
+    gc.disable()
+    try:
+        for _ in range(20):
+            with span("outer", root=True) as outer, span("inner") as inner:
+                spans += [weakref.ref(outer), weakref.ref(inner)]
+        del outer, inner
+        alive = [each() is not None for each in spans]
+    finally:
+        gc.enable()
+    assert alive == [False] * 20 + [True] * 20
 
 
 def test_a_long_trace_loses_its_newest_spans_but_not_the_one_that_fails(
