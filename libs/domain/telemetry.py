@@ -15,7 +15,7 @@ from libs.guardrails import (
     Verdict,
     Witness,
 )
-from libs.observability.logging import BoundLogger, get_logger
+from libs.observability.logging import Logger, get_logger
 from libs.observability.registry import Metrics
 from libs.observability.tracing import record_step
 
@@ -36,7 +36,7 @@ def module_of(component: str) -> str:
     return _MODULES.get(component, "infra")
 
 
-def logger(component: str) -> BoundLogger:
+def logger(component: str) -> Logger:
     """The logger of a room."""
     return get_logger(component, module_of(component))
 

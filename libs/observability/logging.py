@@ -17,14 +17,13 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, BinaryIO, Final, Protocol, cast
+from typing import Any, BinaryIO, Final, Protocol, TypeAlias
 
 import orjson
-import structlog
 from opentelemetry import trace
-from structlog.typing import EventDict, WrappedLogger
 
 from libs.observability.context import fields
 from libs.observability.events import OWN, SEVERITY, LogEvent
@@ -73,58 +72,83 @@ class Sink(Protocol):
         """`fields` are masked, and `line` is what they are in JSON."""
 
 
-class BoundLogger(Protocol):
-    """What `get_logger` answers. `exc_info` takes an exception, or True for the one being handled."""
-
-    def debug(self, event: str, **fields: Any) -> None: ...
-    def bind(self, **fields: Any) -> "BoundLogger": ...
-    def info(self, event: str, **fields: Any) -> None: ...
-    def warning(self, event: str, **fields: Any) -> None: ...
-    def error(self, event: str, **fields: Any) -> None: ...
+Line: TypeAlias = dict[str, Any]
 
 
-def get_logger(component: str, module: str) -> BoundLogger:
+class Logger:
+    """What `get_logger` answers. `exc_info` takes an exception, or True for the one being handled. Until
+    `configure_logging` is called, lines are lost."""
+
+    __slots__ = ("_own",)
+
+    def __init__(self, **own: Any) -> None:
+        self._own = own
+
+    def bind(self, **more: Any) -> "Logger":
+        """A logger all of whose lines have these fields as well."""
+        return Logger(**(self._own | more))
+
+    def debug(self, event: str, **told: Any) -> None:
+        _tell("debug", event, self._own, told)
+
+    def info(self, event: str, **told: Any) -> None:
+        _tell("info", event, self._own, told)
+
+    def warning(self, event: str, **told: Any) -> None:
+        _tell("warning", event, self._own, told)
+
+    def error(self, event: str, **told: Any) -> None:
+        _tell("error", event, self._own, told)
+
+    def critical(self, event: str, **told: Any) -> None:
+        _tell("critical", event, self._own, told)
+
+
+def get_logger(component: str, module: str) -> Logger:
     """The logger of one component, which belongs to one module of the log taxonomy."""
-    return cast(BoundLogger, structlog.get_logger(component=component, module=module))
+    return Logger(component=component, module=module)
+
+
+_logging: "Logging | None" = None
 
 
 def configure_logging(settings: LogSettings, metrics: Metrics) -> "Logging":
     """Starts the writer and directs everything to it, the standard library's records too."""
-    return Logging(settings, metrics)
+    global _logging
+    _logging = Logging(settings, metrics)
+    logging.basicConfig(handlers=[_StandardHandler()], level=settings.level.upper(), force=True)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return _logging
+
+
+def _tell(level: str, event: str, own: Line, told: Line) -> None:
+    if _logging is not None and SEVERITY[level] >= _logging.least:
+        _logging.tell(level, {**fields(), **own, **told, "event": event})
 
 
 class Logging:
-    """The process's logs, until `close`."""
+    """The process's logs, until `close`. `least` is the severity of the least severe lines that are written."""
 
     def __init__(self, settings: LogSettings, metrics: Metrics) -> None:
-        level_name = settings.level.upper()
-        self._writer = _Writer(settings, metrics)
-        constants = {"service": settings.service, "version": settings.version}
-        categories = {name: event.category for name, event in settings.events.items() if event.category}
+        self.least: Final = SEVERITY[settings.level.lower()]
+        self._constants: Final = {"service": settings.service, "version": settings.version}
+        self._categories: Final = {name: event.category for name, event in settings.events.items() if event.category}
+        self._writer: Final = _Writer(settings, metrics)
 
-        def complete(_: WrappedLogger, level: str, event: EventDict) -> EventDict:
-            event["level"] = level
-            if category := categories.get(event["event"]):
-                event["category"] = category
-            for known in (constants, fields()):
-                for key, value in known.items():
-                    event.setdefault(key, value)
-            span = trace.get_current_span().get_span_context()
-            if span.is_valid:
-                event["trace_id"], event["span_id"] = f"{span.trace_id:032x}", f"{span.span_id:016x}"
-            if error := event.pop("exc_info", None):
-                event.update(_described(sys.exception() if error is True else error, stack=level_name == "DEBUG"))
-            return event
-
-        structlog.configure(
-            processors=[structlog.processors.TimeStamper(fmt="iso", utc=True), complete, self._writer.put],
-            wrapper_class=structlog.make_filtering_bound_logger(level_name),
-            logger_factory=structlog.ReturnLoggerFactory(),
-            cache_logger_on_first_use=False,
-        )
-        logging.basicConfig(handlers=[_StandardHandler()], level=level_name, force=True)
-        for name in _QUIET:
-            logging.getLogger(name).setLevel(logging.WARNING)
+    def tell(self, level: str, told: Line) -> None:
+        """Has a line written that says besides when and where it was told."""
+        line = {**self._constants, **told, "level": level}
+        line["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        if category := self._categories.get(line["event"]):
+            line["category"] = category
+        span = trace.get_current_span().get_span_context()
+        if span.is_valid:
+            line["trace_id"], line["span_id"] = f"{span.trace_id:032x}", f"{span.span_id:016x}"
+        if error := line.pop("exc_info", None):
+            stack = self.least <= SEVERITY["debug"]
+            line.update(_described(sys.exception() if error is True else error, stack=stack))
+        self._writer.put(line)
 
     def tee(self, sink: Sink | None) -> None:
         """Hands `sink` all lines that are written from now on, but for those that are not masked; None ends that."""
@@ -136,17 +160,16 @@ class Logging:
 
     def close(self) -> None:
         """Writes what is left and stops the writer; lines logged later are lost."""
-        # structlog stays as it is: its defaults would print later lines unmasked.
         self._writer.close()
 
 
-def _described(error: BaseException | None, *, stack: bool) -> dict[str, Any]:
+def _described(error: BaseException | None, *, stack: bool) -> Line:
     """An exception as fields. The fingerprint is the same for the same place in the program; the stack
     itself is told only where everything is, at level DEBUG."""
     if error is None:
         return {}
     place = "|".join(f"{code.co_filename.rsplit('/', 2)[-1]}:{code.co_name}" for code, _ in places_of(error))
-    described: dict[str, Any] = {
+    described: Line = {
         "exception_type": type(error).__name__,
         "error_message": str(error).strip().partition("\n")[0],
         "stack_fingerprint": hashlib.sha256(f"{type(error).__name__}|{place}".encode()).hexdigest()[:16],
@@ -159,9 +182,7 @@ def _described(error: BaseException | None, *, stack: bool) -> dict[str, Any]:
 class _StandardHandler(logging.Handler):
     """Records of libraries, as lines of ours."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._log = structlog.get_logger(component="library", module="infra")
+    _log: Final = get_logger("library", "infra")
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -185,7 +206,7 @@ def is_urgent(level: str) -> bool:
     return SEVERITY.get(level, 0) >= SEVERITY["warning"]
 
 
-_Line = EventDict | threading.Event | None
+_Entry: TypeAlias = Line | threading.Event | None
 
 
 class _Writer:
@@ -195,7 +216,7 @@ class _Writer:
         def masked(kind: Masked) -> None:
             metrics.counter("obs_log_redactions_total", kind).inc()
 
-        self._queue: SimpleQueue[_Line] = SimpleQueue()
+        self._queue: SimpleQueue[_Entry] = SimpleQueue()
         self._redactor: Final = Redactor(preview=settings.message_bodies, on_masked=masked)
         self._unmasked_debug: Final = settings.unmasked_debug and settings.path is None
         self._dropped_routine = metrics.counter("obs_log_lines_dropped_total", "routine")
@@ -206,15 +227,14 @@ class _Writer:
         self._thread = threading.Thread(target=self._run, name="log writer", daemon=True)
         self._thread.start()
 
-    def put(self, _: WrappedLogger, level: str, event: EventDict) -> EventDict:
-        urgent = is_urgent(level)
+    def put(self, line: Line) -> None:
         if not self._open:
-            raise structlog.DropEvent
+            return
+        urgent = is_urgent(line["level"])
         if self._queue.qsize() < (CAPACITY if urgent else ROUTINE_CAPACITY):
-            self._queue.put(event)
+            self._queue.put(line)
         else:
             (self._dropped_urgent if urgent else self._dropped_routine).inc()
-        raise structlog.DropEvent
 
     def flush(self) -> None:
         reached = threading.Event()
@@ -231,7 +251,7 @@ class _Writer:
         while going:
             lines: list[bytes] = []
             reached: list[threading.Event] = []
-            entry: _Line = self._queue.get()
+            entry: _Entry = self._queue.get()
             if isinstance(entry, dict):
                 time.sleep(PAUSE_SECONDS)
             while True:
@@ -252,7 +272,7 @@ class _Writer:
             for event in reached:
                 event.set()
 
-    def _encode(self, event: EventDict) -> bytes:
+    def _encode(self, event: Line) -> bytes:
         masks = not (self._unmasked_debug and event["level"] == "debug")
         try:
             if masks:
@@ -270,7 +290,7 @@ class _Writer:
         return line
 
 
-def _json(event: EventDict) -> bytes:
+def _json(event: Line) -> bytes:
     try:
         return orjson.dumps(event, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
     except TypeError:

@@ -11,7 +11,7 @@ import pytest
 
 from libs.observability import logging as logs
 from libs.observability.context import bind
-from libs.observability.logging import BoundLogger, LogSettings, configure_logging, get_logger
+from libs.observability.logging import Logger, LogSettings, configure_logging, get_logger
 from libs.observability.registry import Metrics
 from libs.observability.testing import CapturedLogs, capture_logs
 from libs.observability.tracing import configure_tracing, span
@@ -33,7 +33,7 @@ def captured(metrics: Metrics) -> Iterator[CapturedLogs]:
 
 
 @pytest.fixture
-def log() -> BoundLogger:
+def log() -> Logger:
     return get_logger("chat", "conversation")
 
 
@@ -56,7 +56,7 @@ def raised(message: str) -> Exception:
         return error
 
 
-def test_every_line_says_when_where_and_on_whose_behalf(captured: CapturedLogs, log: BoundLogger) -> None:
+def test_every_line_says_when_where_and_on_whose_behalf(captured: CapturedLogs, log: Logger) -> None:
     with bind(correlation_id=ID, tenant_id=3):
         log.info("message_stored", message="Message was stored", session_id=7)
         logging.getLogger("library").warning("hello")
@@ -72,14 +72,14 @@ def test_every_line_says_when_where_and_on_whose_behalf(captured: CapturedLogs, 
     assert (theirs["module"], theirs["logger"]) == ("infra", "library")
 
 
-def test_fields_of_a_line_win_over_those_that_are_bound(captured: CapturedLogs, log: BoundLogger) -> None:
+def test_fields_of_a_line_win_over_those_that_are_bound(captured: CapturedLogs, log: Logger) -> None:
     with bind(tenant_id=3):
         log.info("moved", tenant_id=4)
     assert captured.lines("moved")[0]["tenant_id"] == 4
 
 
 def test_a_line_written_within_a_span_names_it(
-    captured: CapturedLogs, log: BoundLogger, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+    captured: CapturedLogs, log: Logger, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("libs.observability.tracing._tracing", None)
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
@@ -93,7 +93,7 @@ def test_a_line_written_within_a_span_names_it(
     assert not {"trace_id", "span_id"} & outside.keys()
 
 
-def test_lines_below_the_level_are_not_written(captured: CapturedLogs, log: BoundLogger) -> None:
+def test_lines_below_the_level_are_not_written(captured: CapturedLogs, log: Logger) -> None:
     log.debug("unseen")
     logging.getLogger("library").debug("unseen")
     assert captured.lines() == []
@@ -108,7 +108,7 @@ def test_talkative_libraries_are_silent_below_warning(captured: CapturedLogs, na
     assert [line["message"] for line in captured.lines()] == ["look"]
 
 
-def test_private_values_never_reach_the_file(captured: CapturedLogs, log: BoundLogger, metrics: Metrics) -> None:
+def test_private_values_never_reach_the_file(captured: CapturedLogs, log: Logger, metrics: Metrics) -> None:
     with bind(user_note=f"prefers {EMAIL}"):
         log.info("stored", phone=PHONE, body="I feel unwell", token="hunter2", name="Jane Roe", message=f"by {EMAIL}")
     logging.getLogger("library").warning("to %s at %s", EMAIL, PHONE)
@@ -122,7 +122,7 @@ def test_private_values_never_reach_the_file(captured: CapturedLogs, log: BoundL
         assert metrics.sample("obs_log_redactions_total", kind=kind) == 1
 
 
-def test_bodies_are_shown_in_part_where_that_is_asked_for(log: BoundLogger) -> None:
+def test_bodies_are_shown_in_part_where_that_is_asked_for(log: Logger) -> None:
     with capture_logs(message_bodies=True) as captured:
         log.info("stored", body=f"Hello {PHONE}" + "!" * 80)
         assert captured.lines()[0]["body"].startswith("Hello ***5678!!!")
@@ -130,7 +130,7 @@ def test_bodies_are_shown_in_part_where_that_is_asked_for(log: BoundLogger) -> N
 
 
 @pytest.mark.parametrize(("level", "told"), [("INFO", False), ("DEBUG", True)])
-def test_the_stack_of_an_exception_is_told_only_at_level_debug(log: BoundLogger, level: str, told: bool) -> None:
+def test_the_stack_of_an_exception_is_told_only_at_level_debug(log: Logger, level: str, told: bool) -> None:
     row = "unwell"
     with capture_logs(level) as captured:
         try:
@@ -151,7 +151,7 @@ def test_the_stack_of_an_exception_is_told_only_at_level_debug(log: BoundLogger,
         assert row not in ours["stack"]
 
 
-def test_a_fingerprint_stands_for_a_place_and_not_for_a_message(captured: CapturedLogs, log: BoundLogger) -> None:
+def test_a_fingerprint_stands_for_a_place_and_not_for_a_message(captured: CapturedLogs, log: Logger) -> None:
     for message in ("one", "two"):
         log.error("failed", exc_info=raised(message))
     try:
@@ -162,7 +162,7 @@ def test_a_fingerprint_stands_for_a_place_and_not_for_a_message(captured: Captur
     assert first == second != third
 
 
-def test_no_exception_at_hand_is_no_fault(captured: CapturedLogs, log: BoundLogger) -> None:
+def test_no_exception_at_hand_is_no_fault(captured: CapturedLogs, log: Logger) -> None:
     log.error("failed", exc_info=True)
     assert "exception_type" not in captured.lines("failed")[0]
 
@@ -192,7 +192,7 @@ def cyclic() -> list[object]:
     ids=lambda value: "an object" if type(value) is object else ascii(value),
 )
 def test_a_value_that_json_does_not_know_costs_neither_the_line_nor_its_other_fields(
-    captured: CapturedLogs, log: BoundLogger, value: object
+    captured: CapturedLogs, log: Logger, value: object
 ) -> None:
     log.info("stored", value=value, session_id=7)
     log.info("next")
@@ -201,7 +201,7 @@ def test_a_value_that_json_does_not_know_costs_neither_the_line_nor_its_other_fi
 
 @pytest.mark.parametrize("value", [Untellable(), cyclic()], ids=["untellable", "cyclic"])
 def test_a_value_that_cannot_be_looked_at_costs_its_line_nothing_but_the_fields(
-    captured: CapturedLogs, log: BoundLogger, value: object
+    captured: CapturedLogs, log: Logger, value: object
 ) -> None:
     log.info("stored", value=value, phone=PHONE)
     log.info("next")
@@ -211,7 +211,7 @@ def test_a_value_that_cannot_be_looked_at_costs_its_line_nothing_but_the_fields(
     assert PHONE not in captured.raw()
 
 
-def test_a_sink_that_fails_costs_the_log_nothing(tmp_path: Path, metrics: Metrics, log: BoundLogger) -> None:
+def test_a_sink_that_fails_costs_the_log_nothing(tmp_path: Path, metrics: Metrics, log: Logger) -> None:
     def failing(fields: object, line: bytes) -> None:
         raise RuntimeError("no room")
 
@@ -226,7 +226,7 @@ def test_a_sink_that_fails_costs_the_log_nothing(tmp_path: Path, metrics: Metric
 
 
 def test_when_the_queue_is_full_routine_lines_give_way_first_and_losses_are_counted(
-    captured: CapturedLogs, log: BoundLogger, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+    captured: CapturedLogs, log: Logger, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "ROUTINE_CAPACITY", 5)
     monkeypatch.setattr(logs, "CAPACITY", 8)
@@ -244,7 +244,7 @@ def test_when_the_queue_is_full_routine_lines_give_way_first_and_losses_are_coun
 
 
 def test_a_full_file_is_put_aside_and_four_older_ones_are_kept(
-    tmp_path: Path, metrics: Metrics, log: BoundLogger, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, metrics: Metrics, log: Logger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "FILE_BYTES", 1000)
     path = tmp_path / "below" / "service.jsonl"
@@ -262,7 +262,7 @@ def test_a_full_file_is_put_aside_and_four_older_ones_are_kept(
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_a_file_that_was_there_is_continued(tmp_path: Path, metrics: Metrics, log: BoundLogger) -> None:
+def test_a_file_that_was_there_is_continued(tmp_path: Path, metrics: Metrics, log: Logger) -> None:
     path = tmp_path / "service.jsonl"
     for event in ("first", "second"):
         logging_ = configure_logging(LogSettings("test", "0", path=path), metrics)
@@ -274,7 +274,7 @@ def test_a_file_that_was_there_is_continued(tmp_path: Path, metrics: Metrics, lo
 def test_writing_goes_on_once_a_full_file_can_be_put_aside_again(
     tmp_path: Path,
     metrics: Metrics,
-    log: BoundLogger,
+    log: Logger,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -294,7 +294,7 @@ def test_writing_goes_on_once_a_full_file_can_be_put_aside_again(
 
 
 def test_closing_writes_what_is_left_and_later_lines_are_lost_not_printed(
-    tmp_path: Path, metrics: Metrics, log: BoundLogger, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, metrics: Metrics, log: Logger, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "service.jsonl"
     logging_ = configure_logging(LogSettings("test", "0", path=path), metrics)
@@ -309,7 +309,7 @@ def test_closing_writes_what_is_left_and_later_lines_are_lost_not_printed(
 
 @pytest.mark.parametrize("unmasked", [True, False])
 def test_unmasked_lines_of_level_debug_go_to_stdout_alone(
-    metrics: Metrics, log: BoundLogger, capsysbinary: pytest.CaptureFixture[bytes], unmasked: bool
+    metrics: Metrics, log: Logger, capsysbinary: pytest.CaptureFixture[bytes], unmasked: bool
 ) -> None:
     logging_ = configure_logging(LogSettings("test", "0", level="DEBUG", unmasked_debug=unmasked), metrics)
     log.debug("dialled", phone=PHONE)
@@ -320,7 +320,7 @@ def test_unmasked_lines_of_level_debug_go_to_stdout_alone(
     assert info["phone"] == "***5678"
 
 
-def test_a_file_never_holds_unmasked_lines(log: BoundLogger) -> None:
+def test_a_file_never_holds_unmasked_lines(log: Logger) -> None:
     with capture_logs("DEBUG", unmasked_debug=True) as captured:
         log.debug("dialled", phone=PHONE)
         assert captured.lines("dialled")[0]["phone"] == "***5678"
