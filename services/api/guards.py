@@ -206,7 +206,7 @@ class GuardedRoute(APIRoute):
             raise UnguardedRouteError(f"{endpoint.__qualname__} ({path}) takes no {wanted}.")
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle: Handler = super().get_route_handler()
+        handle = _committing(super().get_route_handler())
         statement_decides = any(net.complete for net in _nets(self.dependant))
         if self.is_short:
             handle = directly(self, handle)
@@ -218,7 +218,7 @@ class GuardedRoute(APIRoute):
             if not statement_decides:
                 await _require_active(request, identity, principal)
             try:
-                return await _committed(handle, request)
+                return await _retried(handle, request)
             except idempotency.Replayed as replayed:
                 return replayed.response
             except (RequestValidationError, HTTPException, Refused) as error:
@@ -309,16 +309,25 @@ CONFLICT_RETRIES: Final = 3
 CONFLICT_PAUSE_SECONDS: Final = 0.05
 
 
-async def _committed(handle: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
-    """The answer of `handle`, once its transaction is committed. A deadlock or a serialisation failure has undone
-    all of it, and the request is handled anew, a few times."""
+def _committing(handle: Handler) -> Handler:
+    """The handler, but one whose transaction is committed before it answers."""
+
+    async def committing(request: Request) -> Response:
+        async with AsyncExitStack() as transaction:
+            request.scope["fastapi_function_astack"] = transaction  # where the framework closes what `Tx` opened
+            response = await handle(request)
+            await idempotency.keep(request, response)
+        return response
+
+    return committing
+
+
+async def _retried(handle: Handler, request: Request) -> Response:
+    """The answer of `handle`. A deadlock or a serialisation failure has undone all of what it did, and the request is
+    handled anew, a few times."""
     for retries_left in reversed(range(CONFLICT_RETRIES + 1)):
         try:
-            async with AsyncExitStack() as attempt:
-                request.scope["fastapi_function_astack"] = attempt  # where the framework closes what `Tx` opened
-                response = await handle(request)
-                await idempotency.keep(request, response)
-            return response
+            return await handle(request)
         except (DBAPIError, asyncpg.PostgresError) as error:
             if not (retries_left and is_conflict(error)):
                 raise

@@ -1,8 +1,8 @@
 """What wraps every request besides the telemetry: the bounds on its body. Pure ASGI."""
 
 import asyncio
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Generator, Mapping
+from typing import Any, Final, cast
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -47,8 +47,7 @@ class BoundedBody:
             if announced > limit:
                 raise HTTPException(413)
             try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
+                message = await _within(deadline, receive)
             except TimeoutError:
                 raise HTTPException(408) from None
             received += len(message.get("body", b""))
@@ -70,6 +69,33 @@ class BoundedBody:
                     await send({"type": "http.response.body"})
 
         await self._app(scope, bounded, hanging_up)
+
+
+async def _within(deadline: float, receive: Receive) -> Message:
+    """What `receive` answers. Raises TimeoutError at the deadline, for which a timer is set only if there is something
+    to wait for: most bodies come with their heads."""
+    steps = receive().__await__()
+    try:
+        awaited = next(steps)
+    except StopIteration as arrived:
+        return cast(Message, arrived.value)
+    async with asyncio.timeout_at(deadline):
+        return await _Resumed(awaited, steps)
+
+
+class _Resumed:
+    """What is left of an awaitable that was begun, and waits for `awaited`."""
+
+    def __init__(self, awaited: Any, steps: Generator[Any, Any, Message]) -> None:
+        self._awaited = awaited
+        self._steps = steps
+
+    def __await__(self) -> Generator[Any, Any, Message]:
+        try:
+            yield self._awaited
+        except BaseException as error:
+            yield self._steps.throw(error)
+        return (yield from self._steps)
 
 
 class SecurityHeaders:
