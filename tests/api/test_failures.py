@@ -144,16 +144,21 @@ async def test_stopping_does_not_wait_for_a_database_that_has_frozen(
 OURS = "FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sessiongate-api'"
 
 
+async def end_connections(owner: Owner) -> None:
+    """Ends those that there are; there may be others at once, for the log."""
+    ended = [row["pid"] for row in await owner.fetch(f"SELECT pid, pg_terminate_backend(pid) {OURS}")]
+
+    async def gone() -> bool:
+        return bool(await owner.fetchval("SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = ANY ($1)", ended))
+
+    await until(gone)
+
+
 async def test_connections_that_the_server_ends_are_replaced(api: Api, clinic: Clinic, owner: Owner) -> None:
     client = api.as_(clinic.operator)
     found(await client.get("/me"))
     assert await owner.fetchval(f"SELECT count(*) {OURS}") >= 2
-    await owner.fetch(f"SELECT pg_terminate_backend(pid) {OURS}")
-
-    async def ended() -> bool:
-        return bool(await owner.fetchval(f"SELECT count(*) = 0 {OURS}"))
-
-    await until(ended)
+    await end_connections(owner)
     for path in ("/me", "/doctors", "/admin/conversions"):
         found(await client.get(path))
 
@@ -165,12 +170,7 @@ async def test_a_connection_of_which_the_server_has_taken_leave_is_no_fault_of_o
         client = api.as_(clinic.operator)
         found(await client.get("/me"))
         wire.stays_open = True
-        await owner.fetch(f"SELECT pg_terminate_backend(pid) {OURS}")
-
-        async def ended() -> bool:
-            return bool(await owner.fetchval(f"SELECT count(*) = 0 {OURS}"))
-
-        await until(ended)
+        await end_connections(owner)
         assert overloaded(await client.get("/me"))
         found(await client.get("/me"))
 
