@@ -32,7 +32,7 @@ DEFAULT_RATIO: Final = 0.1
 SHUTDOWN_SECONDS: Final = 3.0
 QUEUE_SPANS: Final = 2048
 EXPORT_PAUSE_MS: Final = 250
-EXPORT_SPANS: Final = 128
+EXPORT_SPANS: Final = 32
 """How long ended spans wait for others, and how many go at once: requests wait while an export is written down."""
 
 # Of the headers that concern traces, baggage is not among those that are read: it is anybody's.
