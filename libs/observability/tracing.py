@@ -54,7 +54,7 @@ class Tracing:
         resource: Resource,
         expected: tuple[type[Exception], ...],
         tail: Tail[RecordedSpan] | None = None,
-        queue: BatchSpanProcessor | None = None,
+        queue: "_BoundedQueue | None" = None,
     ) -> None:
         self.provider: Final = provider
         self.resource: Final = resource
@@ -74,6 +74,8 @@ class Tracing:
             ending = threading.Thread(target=self._queue.shutdown, name="tracing shutdown", daemon=True)
             ending.start()
             ending.join(SHUTDOWN_SECONDS)
+            if ending.is_alive():
+                self._queue.give_up()
 
 
 _tracing: Tracing | None = None
@@ -84,8 +86,10 @@ class _BoundedQueue(BatchSpanProcessor):
 
     def __init__(self, exporter: SpanExporter, metrics: Metrics) -> None:
         not_exported = metrics.counter("obs_spans_dropped_total", "export_failed")
-        taking = _Taking(exporter, self, not_exported.inc)
-        super().__init__(taking, QUEUE_SPANS, schedule_delay_millis=EXPORT_PAUSE_MS, max_export_batch_size=EXPORT_SPANS)
+        self._taking = _Taking(exporter, self, not_exported.inc)
+        super().__init__(
+            self._taking, QUEUE_SPANS, schedule_delay_millis=EXPORT_PAUSE_MS, max_export_batch_size=EXPORT_SPANS
+        )
         self._on_lost = metrics.counter("obs_spans_dropped_total", "queue_full").inc
         self._lock = threading.Lock()
         self._waiting = 0
@@ -101,6 +105,10 @@ class _BoundedQueue(BatchSpanProcessor):
         else:
             super().on_end(span)
 
+    def give_up(self) -> None:
+        """What waits is not exported."""
+        self._taking.give_up()
+
     def taken(self, number: int) -> None:
         """The exporter has so many of them now, and they no longer wait."""
         with self._lock:
@@ -114,19 +122,27 @@ class _Taking(SpanExporter):
         self._exporter = exporter
         self._queue = queue
         self._on_failed = on_failed
+        self._given_up = False
+
+    def give_up(self) -> None:
+        """Ends what the exporter tries, and tries nothing more."""
+        self._given_up = True
+        self._exporter.shutdown()
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self._queue.taken(len(spans))
         result = SpanExportResult.FAILURE
         try:
-            result = self._exporter.export(spans)
+            if not self._given_up:
+                result = self._exporter.export(spans)
         finally:
             if result is not SpanExportResult.SUCCESS:
                 self._on_failed(len(spans))
         return result
 
     def shutdown(self) -> None:
-        self._exporter.shutdown()
+        if not self._given_up:
+            self._exporter.shutdown()
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         return self._exporter.force_flush(timeout_millis)
