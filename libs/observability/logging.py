@@ -124,7 +124,7 @@ def configure_logging(settings: LogSettings, metrics: Metrics) -> "Logging":
 
 def _tell(level: str, event: str, own: Line, told: Line) -> None:
     if _logging is not None and SEVERITY[level] >= _logging.least:
-        _logging.tell(level, {**fields(), **own, **told, "event": event})
+        _logging.tell(level, {**own, **told, "event": event})
 
 
 class Logging:
@@ -138,7 +138,7 @@ class Logging:
 
     def tell(self, level: str, told: Line) -> None:
         """Has a line written that says besides when and where it was told."""
-        line = {**self._constants, **told, "level": level}
+        line = {**fields(), **self._constants, **told, "level": level}
         line["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         if category := self._categories.get(line["event"]):
             line["category"] = category

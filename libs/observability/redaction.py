@@ -54,8 +54,9 @@ _ORIGIN = re.compile(r"(?:[a-z][a-z0-9+.-]*://[^/?#]*)?", re.IGNORECASE)
 _ESCAPED_AT = re.compile(r"%(?:25)*40", re.IGNORECASE)
 _ESCAPES = re.compile(r"(?:%(?:25)*[0-9a-f]{2})+", re.IGNORECASE)
 _ESCAPED_PERCENT = re.compile(r"%(?:25)+(?=[0-9a-f]{2})", re.IGNORECASE)
-# Searched for in case-folded text, which takes a third of the time that ignoring case does.
-_SUSPECT = re.compile(r"[@\d]|bearer|basic|eyj|://|passw|secret|token|api[_-]?key|cookie|whsec_|ticket\.")
+# Searched for in case-folded text, which takes a third of the time that ignoring case does. Two letters are an i to
+# whoever ignores case and none when folded: \u0131, and \u0130, of which \u0307 is left.
+_SUSPECT = re.compile(r"[@\d\u0131\u0307]|bearer|basic|eyj|://|passw|secret|token|api[_-]?key|cookie|whsec_|ticket\.")
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _LOCAL = r"[\w.!#$%&'*+=^`{|}~-]"
 # Possessive, and only from a boundary: the search stays linear whatever it is given.

@@ -62,7 +62,7 @@ class RecordedSpan(trace.Span):
         self.links = links
         self.start_ns: Final = start_ns
         self.end_ns = 0
-        self.events: Sequence[Event] = ()
+        self.events: list[Event] = []
         self.status = _UNSET
         self.scope: Final = scope
         self._tail: Final = tail
@@ -84,7 +84,7 @@ class RecordedSpan(trace.Span):
 
     def add_event(self, name: str, attributes: Attributes = None, timestamp: int | None = None) -> None:
         if not self.end_ns:
-            self.events = [*self.events, Event(name, attributes, timestamp)]
+            self.events.append(Event(name, attributes, timestamp))
 
     def add_link(self, context: SpanContext, attributes: Attributes = None) -> None:
         if not self.end_ns:
@@ -130,10 +130,10 @@ class RecordedSpan(trace.Span):
         self.add_event("exception", cast(Attributes, described | dict(attributes or {})), timestamp)
 
     def end(self, end_time: int | None = None) -> None:
-        if self._part is not None:
+        # A trace remembers its ended spans: if they knew it still, only the garbage collector would free them.
+        part, self._part = self._part, None
+        if part is not None:
             self.end_ns = end_time or time.time_ns()
-            # A trace remembers its ended spans: if they knew it still, only the garbage collector would free them.
-            part, self._part = self._part, None
             self._tail.ended(part, self, failed=self.status.status_code is StatusCode.ERROR)
 
     def readable(self, resource: Resource) -> ReadableSpan:

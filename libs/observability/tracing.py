@@ -32,8 +32,10 @@ DEFAULT_RATIO: Final = 0.1
 SHUTDOWN_SECONDS: Final = 3.0
 QUEUE_SPANS: Final = 2048
 EXPORT_PAUSE_MS: Final = 250
+"""How long ended spans wait for others."""
 EXPORT_SPANS: Final = 32
-"""How long ended spans wait for others, and how many go at once: requests wait while an export is written down."""
+"""How many go at once. Requests wait while an export is written down; one export waits for the answer to another, so
+more would reach a collector that is far away."""
 
 # Of the headers that concern traces, baggage is not among those that are read: it is anybody's.
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
@@ -125,7 +127,7 @@ class _Taking(SpanExporter):
         self._given_up = False
 
     def give_up(self) -> None:
-        """Ends what the exporter tries, and tries nothing more."""
+        """Begins and repeats nothing more; an export on its way has a timeout of its own."""
         self._given_up = True
         self._exporter.shutdown()
 

@@ -83,19 +83,21 @@ async def _within(deadline: float, receive: Receive) -> Message:
         return await _Resumed(awaited, steps)
 
 
-class _Resumed:
+class _Resumed(Generator[Any, Any, Message]):
     """What is left of an awaitable that was begun, and waits for `awaited`."""
 
     def __init__(self, awaited: Any, steps: Generator[Any, Any, Message]) -> None:
-        self._awaited = awaited
+        self._awaited = [awaited]
         self._steps = steps
 
     def __await__(self) -> Generator[Any, Any, Message]:
-        try:
-            yield self._awaited
-        except BaseException as error:
-            yield self._steps.throw(error)
-        return (yield from self._steps)
+        return self
+
+    def send(self, value: Any) -> Any:
+        return self._awaited.pop() if self._awaited else self._steps.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._steps.throw(*error)
 
 
 class SecurityHeaders:

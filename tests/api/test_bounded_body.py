@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from starlette.exceptions import HTTPException
@@ -79,3 +80,35 @@ async def test_whoever_receives_is_told_that_it_is_over() -> None:
     with pytest.raises(HTTPException):
         await read(receive)
     assert [type(error) for error in told] == [asyncio.CancelledError]
+
+
+async def test_a_receiver_may_answer_at_the_last_moment() -> None:
+    async def receive() -> Message:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    assert await read(receive) == b"x"
+
+
+async def test_a_receiver_that_cleans_up_may_be_told_again() -> None:
+    told: list[str] = []
+
+    async def receive() -> Message:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                told.append("again")
+                raise
+        raise AssertionError
+
+    reading = asyncio.create_task(read(receive))
+    await asyncio.sleep(SECONDS * 2)
+    assert not reading.done()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert told == ["again"]

@@ -4,12 +4,15 @@ import base64
 import hashlib
 import logging
 import random
+import re
 import string
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from urllib.parse import quote, quote_plus
 from uuid import UUID
 
@@ -195,6 +198,18 @@ def test_credentials_are_masked_wherever_they_are_quoted(secret: str) -> None:
     assert [part for part in PARTS if part in masked] == []
     assert "[redacted]" in masked
     assert masked.endswith("(try again)")
+
+
+def test_letters_that_are_another_only_to_those_who_ignore_case_hide_no_credential() -> None:
+    ascii_letter = re.compile("[a-z]", re.IGNORECASE)
+    others = [other for other in map(chr, range(128, sys.maxunicode + 1)) if ascii_letter.fullmatch(other)]
+    assert len(others) >= 4
+    keys = ("cookie=", "api_key=", "token=", "password=", "secret=", "bearer ", "basic ", "ticket.", "whsec_")
+    for text in (key + "hunterhunterHunter" for key in keys):
+        assert "[redacted]" in scrub_text(text)
+        for letter, other in product(string.ascii_lowercase, others):
+            if re.fullmatch(letter, other, re.IGNORECASE):
+                assert "[redacted]" in scrub_text(text.replace(letter, other)), (text, other)
 
 
 def test_no_credential_leaves_the_process() -> None:
