@@ -90,19 +90,18 @@ async def test_without_redis_conversion_goes_on(clinic: Clinic, urls: Urls, tmp_
         await until(lost)
 
 
-async def test_the_doorbell_is_answered_and_measured(clinic: Clinic, urls: Urls, worker: Worker) -> None:
+async def test_the_doorbell_is_answered_and_measured(clinic: Clinic, urls: Urls, tmp_path: Path) -> None:
     redis = ArqRedis(ConnectionPool.from_url(urls.redis), job_serializer=serialise, job_deserializer=deserialise)
-    try:
-        await redis.delete(default_queue_name)  # what other tests have rung for
+    await redis.delete(default_queue_name)  # what other tests have rung for
+    async with running_worker(urls.app, urls.redis, tmp_path / "worker.jsonl") as worker:
         await redis.enqueue_job(ConvertDue.name, **encode(ConvertDue()))
-    finally:
         await redis.aclose()
 
-    async def finished() -> bool:
-        return any(line["result"] == "ok" for line in worker.lines("job_finished"))
+        async def finished() -> bool:
+            return any(line["result"] == "ok" for line in worker.lines("job_finished"))
 
-    await until(finished)
-    assert await worker.sample("job_duration_seconds_count", task="convert_due", result="ok") == 1
+        await until(finished)
+        assert await worker.sample("job_duration_seconds_count", task="convert_due", result="ok") == 1
 
 
 async def test_it_is_on_the_list_of_workers_until_it_stops(clinic: Clinic, worker: Worker) -> None:
